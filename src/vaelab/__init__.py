@@ -1,0 +1,3 @@
+"""vaelab: a laboratory for variational autoencoders."""
+
+__version__ = "0.1.0"

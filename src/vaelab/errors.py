@@ -1,0 +1,58 @@
+"""Every error a user can cause, each with the exit code the command line ends with.
+
+A message says what was given, what was expected and what to do next; it is shown without a traceback. Anything that is
+not a `VaelabError` is a defect of ours and ends with exit code 1.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class VaelabError(Exception):
+    """Base of the errors a user can cause and mend."""
+
+    exit_code = 1
+
+
+class UsageError(VaelabError):
+    """A name, a value or a combination that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(VaelabError):
+    """Data that is missing, unreadable or fails its checksum."""
+
+    exit_code = 3
+
+
+class NonFiniteError(VaelabError):
+    """Training or evaluation met a value that is not finite."""
+
+    exit_code = 4
+
+
+class RunError(VaelabError):
+    """A run folder that is none, is not ours, or does not fit this version."""
+
+    exit_code = 5
+
+
+class NoDensity(VaelabError):
+    """A density was asked of a distribution that has none (a Dirac posterior, a cross-entropy on grey levels)."""
+
+    exit_code = 2
+
+
+def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not in a table: it offers the nearest one, and lists them all.
+
+    Args:
+        kind: what the name stands for, in the singular ("recipe").
+        given: what the user wrote.
+        known: the names that exist.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return UsageError(f"unknown {kind} '{given}': {hint}known: {', '.join(names)}")
