@@ -56,3 +56,11 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return UsageError(f"unknown {kind} '{given}': {hint}known: {', '.join(names)}")
+
+
+class Interrupted(VaelabError):
+    """Training was asked to stop (Ctrl-C, SIGTERM) and stopped after a whole step."""
+
+    def __init__(self, reason: str, step: int, steps: int) -> None:
+        super().__init__(f"interrupted by {reason} after step {step} of {steps}")
+        self.exit_code = 143 if reason == "SIGTERM" else 130

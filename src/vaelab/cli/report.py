@@ -1,0 +1,60 @@
+"""`vaelab report RUN`: figures and a page for one run."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vaelab.cli import console
+from vaelab.cli.console import Output
+
+
+def report(
+    run: Annotated[Path, Parameter(name="RUN", help="A run folder.")],
+    *,
+    out: Annotated[Path | None, Parameter(help="Folder of the report; by default RUN/report.")] = None,
+    data_dir: Annotated[Path | None, Parameter(help="Where the data files are, if not in the cache.")] = None,
+    output: Output = Output(),  # noqa: B008
+) -> None:
+    """Evaluate one run, draw its figures, and write a self-contained page.
+
+    Example: `vaelab report runs/mnist-1`
+    """
+    from vaelab.cli.common import data_of
+    from vaelab.data.protocol import protocol
+    from vaelab.evaluate import evaluate
+    from vaelab.legibility import classifier_for
+    from vaelab.report import build
+    from vaelab.report.page import text_table
+    from vaelab.run import Run, claim_folder, write_json
+
+    opened = Run.open(run)
+    folder = out or run / "report"
+    if not (folder / "report.json").is_file():
+        claim_folder(folder)
+    stages = console.Stages(output)
+    model, data = opened.model(), data_of(opened, data_dir, stages)
+    with stages("train the classifier that reads the samples") as update:
+        classifier, accuracy = classifier_for(data, on_progress=lambda done: update(done, ""))
+    with stages(f"evaluate {run}") as update:
+        recipe = opened.recipe()
+        evaluation = evaluate(
+            model, data, protocol(recipe.protocol), classifier=classifier,
+            on_progress=lambda label, done: update(done, label),
+        )  # fmt: skip
+    write_json(opened.path / "evaluation.json", evaluation.to_dict())
+    with stages("figures and report"):
+        arm = build.Arm("run", recipe.name, f"{recipe.data}, {recipe.protocol}")
+        cells = [build.Cell(arm, opened, model, evaluation)]
+        drawn = build.draw(folder, cells, data)
+        written = build.write(
+            folder, f"Run {run.resolve().name}", f"Recipe {recipe.name} on {recipe.data}, protocol {recipe.protocol}.",
+            [arm], cells, drawn, [],
+            {"classifier_test_accuracy": accuracy, "data_source": data.source, "data_fingerprint": data.fingerprint},
+        )  # fmt: skip
+
+    def show() -> None:
+        console.table(text_table(written))
+        console.text(f"report: {folder / 'report.html'}")
+
+    console.result(written, output, show)

@@ -1,0 +1,66 @@
+"""`vaelab study NAME`: run a study and write its folder."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from vaelab.cli import console
+from vaelab.cli.console import Output
+from vaelab.cli.fields import command_from
+from vaelab.recipes import RECIPES, recipe
+from vaelab.studies import STUDIES, study
+
+app = App(name="study", help="Run a study and write its report.\n\nExample: `vaelab study removing-kl --seeds 3`")
+
+
+def _body(name: str) -> Any:
+    def body(
+        *,
+        out: Annotated[Path, Parameter(help="Folder for the report, the images and the runs.")] = Path(name),
+        seeds: Annotated[int, Parameter(help="Runs of each arm.")] = 1,
+        overwrite: Annotated[
+            bool, Parameter(negative="", help="Replace a study with other settings that is in the folder.")
+        ] = False,
+        data_dir: Annotated[Path | None, Parameter(help="Where the data files are, if not in the cache.")] = None,
+        device: Annotated[str, Parameter(help="Where to train: cpu, cuda …")] = "cpu",
+        output: Output = Output(),  # noqa: B008
+        fields: dict[str, Any],
+    ) -> None:
+        start = time.perf_counter()
+        given = {key: value for key, value in fields.items() if value is not None}
+        recipe(study(name).recipe, **{k: v for k, v in given.items() if k != "data"})  # out-of-range values end here
+        from vaelab.cli.common import check_device, load_data
+        from vaelab.report.page import text_table
+        from vaelab.studies import recipes_of, run_study
+
+        check_device(device)
+        stages = console.Stages(output)
+        data_name, seed = given.pop("data"), given.pop("seed")
+        data = load_data(data_name, data_dir, stages)
+        recipes = recipes_of(name, data, data_name, seeds, seed, **given)
+        with console.interruptible() as stop:
+            report = run_study(
+                name, out, data, recipes, overwrite=overwrite, device=device, stage=stages, stop=stop
+            )  # fmt: skip
+
+        def show() -> None:
+            console.table(text_table(report))
+            for observation in report["observations"]:
+                console.text(f"- {observation['text']}")
+            console.text(f"\nreport: {out / 'report.html'}   ({time.perf_counter() - start:.0f} s)")
+
+        console.result(report, output, show)
+
+    return body
+
+
+for _name, _study in STUDIES.items():
+    app.command(
+        command_from(
+            RECIPES[_study.recipe], _body(_name), without=("beta",), unset=("epochs",),
+            doc=f"{_study.summary[0].upper()}{_study.summary[1:]}.\n\nExample: `vaelab study {_name} --data digits`",
+        ),
+        name=_name,
+    )  # fmt: skip

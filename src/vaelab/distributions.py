@@ -1,0 +1,166 @@
+"""Distributions: small, differentiable, and exactly the ones the library needs.
+
+Why not torch.distributions: it dispatches slowly, validates arguments in every call, and cannot be detached (estimators
+such as sticking-the-landing need log q with stopped parameters). Each density here is tested against it, or against an
+integral.
+
+A distribution has a batch shape (..., B) and an event of `event_dim` trailing axes. Drawn values carry a leading K.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaelab.errors import NoDensity
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution(ABC):
+    """A distribution over tensors; subclasses are frozen dataclasses whose tensor fields are its parameters."""
+
+    @abstractmethod
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log density (or mass) of `value` (K, B, *event) in nats, summed over the event: (K, B)."""
+
+    @abstractmethod
+    def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """`k` samples, (K, *batch, *event), differentiable in the parameters where that is possible."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """The mean, (*batch, *event)."""
+
+    def cross_log_prob(self, values: Tensor) -> Tensor:
+        """log density of each of the values (N, *event) under each of the distributions (1, G, *event): (G, N)."""
+        rows = [self.log_prob(value.unsqueeze(0))[0] for value in values]
+        return torch.stack(rows, 1)
+
+    def detach(self) -> Self:
+        """The same distribution with its parameters stopped."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.detach() for name, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def sum_event(elements: Tensor, event_dim: int) -> Tensor:
+    """Sum over the last `event_dim` axes."""
+    return elements.flatten(-event_dim).sum(-1) if event_dim else elements
+
+
+@dataclass(frozen=True, eq=False)
+class DiagGaussian(Distribution):
+    """Independent normals: `mean_` and `log_std`, (*batch, *event), in the units of the value."""
+
+    mean_: Tensor
+    log_std: Tensor
+    event_dim: int = 1
+
+    @property
+    def mean(self) -> Tensor:
+        return self.mean_
+
+    @property
+    def std(self) -> Tensor:
+        return self.log_std.exp()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        scaled = (value - self.mean_) * torch.exp(-self.log_std)
+        return sum_event(-0.5 * scaled.square() - self.log_std - 0.5 * LOG_2PI, self.event_dim)
+
+    def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        # z = mu + sigma * eps: the reparameterisation (Kingma & Welling 2014, arXiv 1312.6114, eq. 5)
+        shape = (k, *self.mean_.shape)
+        eps = torch.randn(shape, generator=generator, dtype=self.mean_.dtype, device=self.mean_.device)
+        return self.mean_ + self.std * eps
+
+
+@dataclass(frozen=True, eq=False)
+class Delta(Distribution):
+    """All mass on one point (a Dirac): what a plain autoencoder's encoder gives. It has no density."""
+
+    point: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.point
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        raise NoDensity(
+            "a Dirac posterior has no density, so this model has no rate, no bound and no importance weights: "
+            "train it with ELBO(beta=0), or give it a Gaussian posterior"
+        )
+
+    def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        return self.point.expand(k, *self.point.shape)
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    """Row sums of x * l - log(1 + e^l), with the backward written by hand: (x - sigmoid(l)) * grad.
+
+    Autograd through log-sigmoid keeps several tensors of the size of the images and does not vectorise well; this keeps
+    one and reads each pixel once in each direction.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, x: Tensor) -> Tensor:  # logits (..., P), x broadcast to it
+        ctx.save_for_backward(logits, x)
+        wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return (wide * x - F.softplus(wide, threshold=40)).sum(-1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None]:
+        logits, x = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return ((x - torch.sigmoid(logits)) * grads[0].unsqueeze(-1)).to(logits.dtype), None
+
+
+@dataclass(frozen=True, eq=False)
+class Bernoulli(Distribution):
+    """Independent binary values with the given `logits` (*batch, *event).
+
+    log p(x) = x * l - log(1 + e^l), so grey levels in [0, 1] give the cross-entropy that many labs minimise; that is not
+    the log of a probability (see `vaelab.likelihoods.GreyCrossEntropy`).
+    """
+
+    logits: Tensor
+    event_dim: int = 3
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logits)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        logits = self.logits.flatten(-self.event_dim)
+        return _BernoulliLogProb.apply(logits, value.flatten(-self.event_dim))  # type: ignore[no-any-return]
+
+    def cross_log_prob(self, values: Tensor) -> Tensor:
+        # one matrix product: sum_i x_i l_i for every pair, minus what depends on l alone
+        logits = self.logits.flatten(-self.event_dim)[0]
+        return logits @ values.flatten(1).T - F.softplus(logits, threshold=40).double().sum(-1, True).to(logits)
+
+    def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Samples in {0, 1}; they carry no gradient."""
+        p = self.mean.detach()
+        u = torch.rand((k, *p.shape), generator=generator, dtype=p.dtype, device=p.device)
+        return (u < p).to(p.dtype)
+
+
+def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:
+    """KL(q || p) for each latent dimension, (B, *D) in nats, or None where no closed form is known.
+
+    Gaussians: log(s_p / s_q) + (s_q^2 + (m_q - m_p)^2) / (2 s_p^2) - 1/2; for a standard normal p this is eq. 10 of
+    Kingma & Welling 2014 with its sign turned.
+    """
+    if isinstance(q, DiagGaussian) and isinstance(p, DiagGaussian):
+        log_ratio = q.log_std - p.log_std
+        scaled = (q.mean_ - p.mean_) * torch.exp(-p.log_std)
+        return 0.5 * (torch.exp(2 * log_ratio) + scaled.square() - 1) - log_ratio
+    return None

@@ -1,0 +1,71 @@
+"""Dense networks: tensors to tensors, of any depth."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaelab.errors import unknown_name
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+    "leaky-relu": nn.LeakyReLU,
+}
+
+
+class ExactLinear(nn.Linear):
+    """A linear layer that computes in its weights' own precision, also where autocast would take bfloat16.
+
+    For the few layers that read or write codes: they cost next to nothing, and rounding a code to 8 bits moves it by
+    more than the posterior's sigma.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
+
+
+class MLP(nn.Module):
+    """Dense layers with an activation between them.
+
+    Args:
+        in_shape: shape of one input, () axes before it are batch axes; (1, 28, 28), or (2,) for a code.
+        hidden: widths of the hidden layers; none for a linear map.
+        out_shape: shape of one output.
+        activation: a name of `ACTIVATIONS`.
+        out_activation: whether the output passes through the activation too (an encoder's features, read by a head).
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        hidden: Sequence[int],
+        out_shape: Sequence[int],
+        activation: str = "relu",
+        out_activation: bool = False,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise unknown_name("activation", activation, ACTIVATIONS)
+        self.in_shape, self.hidden, self.out_shape = tuple(in_shape), tuple(hidden), tuple(out_shape)
+        self.activation, self.out_activation = activation, out_activation
+        widths = [math.prod(in_shape), *hidden, math.prod(out_shape)]
+        layers: list[nn.Module] = []
+        for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            # a vector input is a code: see ExactLinear
+            layers.append(ExactLinear(n_in, n_out) if i == 0 and len(self.in_shape) == 1 else nn.Linear(n_in, n_out))
+            if i < len(hidden) or out_activation:
+                layers.append(ACTIVATIONS[activation]())
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., *in_shape) to (..., *out_shape)."""
+        h = x.flatten(-len(self.in_shape)) if len(self.in_shape) > 1 else x
+        h = self.layers(h)
+        return h.unflatten(-1, self.out_shape) if len(self.out_shape) > 1 else h

@@ -1,0 +1,214 @@
+"""Recipes: a run is a function that returns its whole configuration.
+
+A recipe's keyword arguments are its fields: ``vaelab train mnist --latent-dim 10 --beta 2`` calls
+``mnist(shape, latent_dim=10, beta=2)``. What it returns is plain data (specs, see `vaelab.registry`), so that reading,
+listing and storing recipes imports no torch.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from vaelab.data.protocol import protocol as protocol_named
+from vaelab.errors import RunError, UsageError, unknown_name
+from vaelab.registry import Spec, spec
+
+Shape = tuple[int, ...]
+
+FIELDS: dict[str, str] = {
+    "data": "mnist, digits, a folder of images in class sub-folders, or an .npz file.",
+    "protocol": "How pixels are read: dynamic, threshold or grey.",
+    "latent_dim": "Dimensions of z.",
+    "hidden": "Widths of the encoder's hidden layers; the decoder's mirror them.",
+    "activation": "Between the layers: relu, silu, gelu, tanh, elu, leaky-relu.",
+    "beta": "Weight of the KL term; 0 removes it.",
+    "epochs": "Passes over the training images.",
+    "batch_size": "Images a step.",
+    "k": "Posterior samples for each image in a step.",
+    "optimiser": "adam, or muon for hidden matrices with adam for the rest.",
+    "lr": "Peak learning rate.",
+    "schedule": "Of the learning rate: constant, linear, cosine, one-cycle.",
+    "average": "Decay of the averaged weights that are evaluated and saved; 0 for none.",
+    "precision": "auto, float32 or bfloat16.",
+    "seed": "The root of all randomness.",
+}
+"""What each field means, for the command line."""
+
+OPTIMISERS = ("adam", "muon")
+SCHEDULES = ("constant", "linear", "cosine", "one-cycle")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is fitted.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images a step.
+        k: posterior samples for each image in a step.
+        optimiser: `adam`, or `muon` for the hidden layers' matrices with Adam for the rest.
+        lr: the peak learning rate.
+        schedule: of the learning rate, over the whole of training.
+        average: decay a step of the exponential moving average of the weights that is evaluated and saved; 0 for none.
+        precision: `auto` (bfloat16 matrix products where the processor has them), `float32` or `bfloat16`.
+    """
+
+    epochs: int = 10
+    batch_size: int = 128
+    k: int = 1
+    optimiser: str = "adam"
+    lr: float = 1e-3
+    schedule: str = "constant"
+    average: float = 0.0
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "k"):
+            _at_least_one(name, getattr(self, name))
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"lr is {self.lr}: the learning rate must be a finite number above 0")
+        if not 0 <= self.average < 1:
+            raise UsageError(f"average is {self.average}: the decay of the averaged weights lies in [0, 1)")
+        for kind, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, kind) not in known:
+                raise unknown_name(kind, getattr(self, kind), known)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run depends on, besides the code: what ``config.json`` holds."""
+
+    name: str
+    data: str
+    protocol: str
+    model: Spec
+    objective: Spec
+    training: Training = field(default_factory=Training)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        protocol_named(self.protocol)
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}: expected an integer of 0 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`. Raises RunError for a missing or unknown field."""
+        try:
+            training = data["training"]
+            unknown = (set(data) - {f.name for f in fields(cls)}) | (set(training) - {f.name for f in fields(Training)})
+            if unknown:
+                raise RunError(f"this configuration has fields that this version does not know: {sorted(unknown)}")
+            return cls(**{**data, "training": Training(**training)})
+        except (TypeError, KeyError) as error:
+            raise RunError(f"this configuration is incomplete: {error}") from None
+
+
+def mnist(
+    shape: Shape = (1, 28, 28),
+    *,
+    data: str = "mnist",
+    protocol: str = "grey",
+    latent_dim: int = 20,
+    hidden: tuple[int, ...] = (400,),
+    activation: str = "relu",
+    beta: float = 1.0,
+    epochs: int = 10,
+    batch_size: int = 128,
+    k: int = 1,
+    optimiser: str = "adam",
+    lr: float = 1e-3,
+    schedule: str = "one-cycle",
+    average: float = 0.0,
+    precision: str = "auto",
+    seed: int = 0,
+) -> Recipe:
+    """The 784-400-20 network of the classic PyTorch example, on grey levels (a cross-entropy, not a likelihood)."""
+    return Recipe(
+        "mnist", data, protocol, dense_vae(shape, latent_dim, hidden, hidden[::-1], activation, protocol),
+        _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, average, precision), seed,
+    )  # fmt: skip
+
+
+def mnist_2d(
+    shape: Shape = (1, 28, 28),
+    *,
+    data: str = "mnist",
+    protocol: str = "dynamic",
+    latent_dim: int = 2,
+    hidden: tuple[int, ...] = (512, 512),
+    activation: str = "silu",
+    beta: float = 1.0,
+    epochs: int = 30,
+    batch_size: int = 128,
+    k: int = 1,
+    optimiser: str = "adam",
+    lr: float = 2e-3,
+    schedule: str = "cosine",
+    average: float = 0.0,
+    precision: str = "auto",
+    seed: int = 0,
+) -> Recipe:
+    """The lab's model: two latent dimensions, on binary pixels, so that its likelihood can be computed exactly."""
+    return Recipe(
+        "mnist-2d", data, protocol, dense_vae(shape, latent_dim, hidden, hidden[::-1], activation, protocol),
+        _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, average, precision), seed,
+    )  # fmt: skip
+
+
+def dense_vae(
+    shape: Shape, latent_dim: int, encoder: tuple[int, ...], decoder: tuple[int, ...], activation: str, protocol: str
+) -> Spec:
+    """The spec of a VAE of dense layers: Gaussian posterior, standard normal prior, Bernoulli pixels."""
+    _at_least_one("latent_dim", latent_dim)
+    if not encoder or not decoder:
+        raise UsageError("hidden is empty: give the width of at least one hidden layer, as in --hidden 400")
+    for width in (*encoder, *decoder):
+        _at_least_one("hidden", width)
+    grey = protocol == "grey"
+    return spec(
+        "VAE",
+        encoder=spec("nn.MLP", in_shape=list(shape), hidden=list(encoder[:-1]), out_shape=[encoder[-1]],
+                     activation=activation, out_activation=True),
+        posterior=spec("posteriors.Gaussian", features=encoder[-1], dim=latent_dim),
+        prior=spec("priors.StandardNormal", dim=latent_dim),
+        likelihood=spec(
+            "likelihoods.GreyCrossEntropy" if grey else "likelihoods.Bernoulli",
+            decoder=spec("nn.MLP", in_shape=[latent_dim], hidden=list(decoder), out_shape=list(shape),
+                         activation=activation),
+        ),
+    )  # fmt: skip
+
+
+def _elbo(beta: float) -> Spec:
+    if not (math.isfinite(beta) and beta >= 0):
+        raise UsageError(f"beta is {beta}: the weight of the KL term must be a finite number of 0 or more")
+    return spec("objectives.ELBO", beta=float(beta))
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name} is {value}: expected an integer of 1 or more")
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {"mnist": mnist, "mnist-2d": mnist_2d}
+
+
+def recipe(name: str, shape: Shape = (1, 28, 28), **values: Any) -> Recipe:
+    """The recipe called `name` for images of a shape (C, H, W), with some of its fields changed.
+
+    Raises:
+        UsageError: unknown name, unknown field, or a value out of range.
+    """
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    known = set(RECIPES[name].__kwdefaults__ or {})
+    for value in values:
+        if value not in known:
+            raise unknown_name(f"field of recipe {name}", value, known)
+    return RECIPES[name](shape, **values)

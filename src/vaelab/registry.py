@@ -1,0 +1,125 @@
+"""The closed registry: which classes a run folder may name, and nested data for what they build.
+
+A run folder must rebuild any model without executing what it contains. So ``config.json`` holds *specs*: a dictionary
+with a ``class`` and that class's constructor arguments, nested. A class is named in `COMPONENTS`, or, for a user's own
+network, by its import path ``package.module:Class`` (the run then says that it depends on that code).
+
+The convention that makes this work without metaclasses or decorators: **a component keeps each constructor argument
+under its own name** (`torch.nn.Linear` does, scikit-learn's estimators do). `to_spec` reads them back.
+"""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from vaelab.errors import RunError, UsageError, unknown_name
+
+Spec = dict[str, Any]
+
+COMPONENTS: dict[str, str] = {
+    "VAE": "vaelab.models.vae:VAE",
+    "nn.MLP": "vaelab.nn.mlp:MLP",
+    "posteriors.Gaussian": "vaelab.posteriors:Gaussian",
+    "posteriors.Delta": "vaelab.posteriors:Delta",
+    "priors.StandardNormal": "vaelab.priors:StandardNormal",
+    "likelihoods.Bernoulli": "vaelab.likelihoods:Bernoulli",
+    "likelihoods.GreyCrossEntropy": "vaelab.likelihoods:GreyCrossEntropy",
+    "objectives.ELBO": "vaelab.objectives:ELBO",
+    "schedules.Linear": "vaelab.schedules:Linear",
+    "schedules.Cosine": "vaelab.schedules:Cosine",
+    "schedules.Cyclic": "vaelab.schedules:Cyclic",
+}
+
+
+def spec(name: str, **arguments: Any) -> Spec:
+    """A spec: the class called `name`, to be built with `arguments` (plain data or specs)."""
+    if name not in COMPONENTS and ":" not in name:
+        raise unknown_name("component", name, COMPONENTS)
+    return {"class": name, **arguments}
+
+
+def build(value: Any) -> Any:
+    """Build what a spec describes; plain data is returned as it is, lists as tuples.
+
+    Raises:
+        RunError: the spec names an unknown class, or arguments that class does not take.
+    """
+    if isinstance(value, Mapping):
+        if "class" not in value:
+            return {key: build(item) for key, item in value.items()}
+        cls = _resolve(value["class"])
+        arguments = {key: build(item) for key, item in value.items() if key != "class"}
+        try:
+            inspect.signature(cls).bind(**arguments)
+        except TypeError as error:
+            raise RunError(f"'{value['class']}' cannot be built from this configuration: {error}") from None
+        return cls(**arguments)
+    if isinstance(value, list | tuple):
+        return tuple(build(item) for item in value)
+    return value
+
+
+def to_spec(value: Any) -> Any:
+    """The spec of a component, the inverse of `build`.
+
+    Raises:
+        UsageError: a component that does not keep a constructor argument under its own name.
+    """
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, list | tuple):
+        return [to_spec(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: to_spec(item) for key, item in value.items()}
+    cls = type(value)
+    arguments = {}
+    for name in inspect.signature(cls).parameters:
+        try:
+            arguments[name] = to_spec(getattr(value, name))
+        except AttributeError:
+            raise UsageError(
+                f"{cls.__qualname__} cannot be written to a run folder: it does not keep its constructor argument "
+                f"'{name}' as an attribute; set self.{name} = {name} in __init__"
+            ) from None
+    return {"class": name_of(cls), **arguments}
+
+
+def name_of(cls: type) -> str:
+    """A class's name in the registry, or its import path where it is not ours."""
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    names = [name for name, target in COMPONENTS.items() if target == path]
+    if names:
+        return names[0]
+    if dataclasses.is_dataclass(cls) or "<locals>" not in path:
+        return path
+    raise UsageError(f"{cls.__qualname__} is defined inside a function: move it to a module so that a run can name it")
+
+
+def foreign_classes(value: Any) -> list[str]:
+    """The import paths in a spec that are not the library's own."""
+    if isinstance(value, Mapping):
+        own = [value["class"]] if ":" in str(value.get("class", "")) else []
+        return own + [path for item in value.values() for path in foreign_classes(item)]
+    if isinstance(value, list | tuple):
+        return [path for item in value for path in foreign_classes(item)]
+    return []
+
+
+def _resolve(name: Any) -> type:
+    if not isinstance(name, str):
+        raise RunError(f"a configuration names the class {name!r}; expected a string")
+    path = COMPONENTS.get(name, name)
+    module, _, attribute = path.partition(":")
+    if not attribute:
+        raise RunError(f"unknown component '{name}': this version knows {', '.join(COMPONENTS)}")
+    try:
+        cls: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            cls = getattr(cls, part)
+    except (ImportError, AttributeError) as error:
+        raise RunError(f"cannot import '{path}', which this run was made with: {error}; install or add it") from None
+    if not isinstance(cls, type):
+        raise RunError(f"'{path}' is not a class")
+    return cls

@@ -1,0 +1,226 @@
+"""From evaluated runs to a folder a student would hand in: images, report.json and report.html."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vaelab.data.datasets import Dataset
+from vaelab.data.protocol import protocol as protocol_named
+from vaelab.evaluate import Evaluation, codes_of, decoded, fitted_codes, prior_codes
+from vaelab.models.vae import VAE
+from vaelab.report import figures, page
+from vaelab.report.metrics import METRICS
+from vaelab.run import Run, environment
+
+SHOWN = 100
+"""Samples in a generation figure."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: a key for files, a label for people, and what sets it apart."""
+
+    key: str
+    label: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained and evaluated run of an arm."""
+
+    arm: Arm
+    run: Run
+    model: VAE
+    evaluation: Evaluation
+
+
+def aggregate(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
+    """values[metric][arm]: mean and standard error over the runs of the arm; over images where there is one run.
+
+    `n` counts runs, and `over` says what the standard error is over.
+    """
+    values: dict[str, dict[str, dict[str, Any]]] = {}
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        runs = [cell.evaluation.quantities for cell in cells if cell.arm == arm]
+        for key in runs[0]:
+            found = [q[key].mean for q in runs]
+            numbers = np.array([x for x in found if x is not None])
+            if len(numbers) < len(runs):
+                entry: dict[str, Any] = {"mean": None, "se": None, "reason": next(q[key].reason for q in runs if q[key].reason)}
+            else:
+                se = float(numbers.std(ddof=1) / math.sqrt(len(numbers))) if len(numbers) > 1 else None
+                entry = {"mean": float(numbers.mean()), "se": se}
+            entry |= {"n": len(runs), "values": found, "se_over_images": [q[key].se for q in runs]}
+            values.setdefault(key, {})[arm.key] = entry
+    return values
+
+
+def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -> list[dict[str, str]]:
+    """Draw the figures of the first run of each arm; returns their entries for the report.
+
+    The first arm's files have plain names, those of an arm `x` end in `_x`.
+    """
+    first = {}
+    for cell in cells:
+        first.setdefault(cell.arm, cell)
+    shown = list(first.values())
+    made: list[dict[str, str]] = []
+
+    def add(figure: Any, name: str, title: str, caption: str) -> None:
+        figures.save(figure, folder / "images" / f"{name}.png")
+        made.append({"file": f"images/{name}.png", "title": title, "caption": caption, "alt": f"{title}. {caption}"})
+
+    test = protocol_named(shown[0].run.recipe().protocol).test_set(data.test.pixels)
+    pick = _of_every_class(data)
+    labels = None if data.test.labels is None else data.test.labels[pick]
+    codes = codes_of(shown[0].model, test[pick])
+    means = decoded(shown[0].model, torch.from_numpy(codes).float())
+    add(
+        figures.reconstruction(test[pick].numpy(), means.numpy(), labels, data.classes),
+        "reconstruction", "Reconstructions",
+        f"Test images as the model sees them, and the decoder's mean at their codes; {shown[0].arm.label}.",
+    )  # fmt: skip
+    for index, cell in enumerate(shown):
+        suffix = f"_{cell.arm.key}" if index else ""
+        images = decoded(cell.model, prior_codes(cell.model, SHOWN, seed))
+        add(
+            figures.generation(images.numpy(), f"Samples of the prior, {cell.arm.label}", "z ~ N(0, I), decoder mean"),
+            f"generation{suffix}", f"Samples of the prior, {cell.arm.label}",
+            "The decoder's mean at codes drawn from N(0, I): grey is the probability of ink, not a sample of pixels.",
+        )  # fmt: skip
+        if index:
+            z = fitted_codes(cell.model, test, SHOWN, seed)
+            add(
+                figures.generation(
+                    decoded(cell.model, z).numpy(), f"Samples of a fitted Gaussian, {cell.arm.label}",
+                    "z ~ Gaussian fitted to the model's own codes"),
+                f"generation{suffix}_fitted", f"Samples of a fitted Gaussian, {cell.arm.label}",
+                "The same decoder, at codes drawn from a Gaussian fitted to its own codes.",
+            )  # fmt: skip
+
+    planes = [_plane(cell.evaluation.codes) for cell in shown]
+    for index, (cell, (points, axes, how)) in enumerate(zip(shown, planes, strict=True)):
+        add(
+            figures.latent_space(
+                points, data.test.labels, data.classes, f"Latent space, {cell.arm.label}", axis_labels=axes),
+            f"latent_space_{cell.arm.key}" if index else "latent_space", f"Latent space, {cell.arm.label}",
+            f"Posterior means of the test set{how}; circles: 1, 2 and 3 sigma of the prior.",
+        )  # fmt: skip
+    if len(shown) == 2:
+        (a, axes, _), (b, _, _) = planes
+        add(
+            figures.latent_space_comparison(
+                a, b, data.test.labels, data.classes, shown[0].arm.label, shown[1].arm.label, axis_labels=axes),
+            "latent_space_comparison", "Both latent spaces on one scale",
+            "The same test images under both models, with the prior's circles.",
+        )  # fmt: skip
+    if shown[0].model.latent_dim >= 2:
+        quantiles = np.linspace(0.02, 0.98, 17)
+        add(
+            figures.manifold({cell.arm.label: _manifold(cell.model, cell.evaluation.codes, quantiles) for cell in shown},
+                             quantiles),
+            "manifold", "The decoder over the prior",
+            f"Decoder means over a grid of quantiles of the prior{planes[0][2]}.",
+        )  # fmt: skip
+    add(
+        figures.training({cell.arm.label: cell.run.history() for cell in shown}),
+        "training", "Training", "Rate and distortion in nats per image against seconds of training, train and test.",
+    )  # fmt: skip
+    return made
+
+
+def write(
+    folder: Path,
+    title: str,
+    lead: str,
+    arms: Sequence[Arm],
+    cells: Sequence[Cell],
+    drawn: list[dict[str, str]],
+    observations: list[dict[str, Any]],
+    facts: Mapping[str, Any],
+    values: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compose the report and write report.json and report.html; returns the report."""
+    values = aggregate(cells) if values is None else values
+    recipe = cells[0].run.recipe()
+    report = {
+        "format": 1,
+        "title": title,
+        "lead": lead,
+        "n_seeds": max(sum(cell.arm == arm for cell in cells) for arm in arms),
+        "arms": [
+            {
+                "key": arm.key, "label": arm.label, "description": arm.description,
+                "runs": [_relative(cell.run.path, folder) for cell in cells if cell.arm == arm],
+            }
+            for arm in arms
+        ],  # fmt: skip
+        "metrics": [m for m in METRICS if m["key"] in values and any(e.get("mean") is not None or m["section"] != "Bound"
+                                                                    for e in values[m["key"]].values())],
+        "values": values,
+        "observations": observations,
+        "figures": drawn,
+        "protocol": {
+            **cells[0].evaluation.protocol,
+            "epochs": recipe.training.epochs,
+            "batch_size": recipe.training.batch_size,
+            "optimiser": f"{recipe.training.optimiser}, lr {recipe.training.lr:g}, {recipe.training.schedule}",
+            **facts,
+        },
+        "environment": environment(),
+        "command": environment()["command"],
+    }  # fmt: skip
+    page.write_report(folder, report)
+    return report
+
+
+def _relative(path: Path, folder: Path) -> str:
+    try:
+        return path.resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError:
+        return path.name
+
+
+def _of_every_class(data: Dataset, each: int = 2) -> np.ndarray:
+    """Indices of the first test images of every class, in order of the classes."""
+    if data.test.labels is None:
+        return np.arange(min(20, len(data.test)))
+    return np.concatenate([np.flatnonzero(data.test.labels == c)[:each] for c in np.unique(data.test.labels)[:12]])
+
+
+def _plane(codes: np.ndarray) -> tuple[np.ndarray, tuple[str, str], str]:
+    """Two columns to draw codes in, the names of the axes, and how they were chosen.
+
+    Under an orthonormal projection a standard normal stays one, so the prior's circles hold in every case.
+    """
+    dim = codes.shape[1]
+    if dim == 1:
+        noise = np.random.default_rng(0).standard_normal(len(codes))
+        return np.column_stack([codes[:, 0], noise]), ("z₁", "noise, to spread the points"), ""
+    if dim == 2:
+        return codes, ("z₁", "z₂"), ""
+    return codes @ _principal(codes).T, ("first principal axis", "second principal axis"), ", on their principal plane"
+
+
+def _principal(codes: np.ndarray) -> np.ndarray:
+    """The two principal axes (2, D) of the codes; the coordinate axes themselves in two dimensions."""
+    if codes.shape[1] == 2:
+        return np.eye(2)
+    return np.linalg.svd(codes - codes.mean(0), full_matrices=False)[2][:2]
+
+
+def _manifold(model: VAE, codes: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+    """Decoder means (n, n, C, H, W) over prior quantiles: columns follow the first axis, rows the second."""
+    from scipy.stats import norm
+
+    a = norm.ppf(quantiles)
+    second, first = np.meshgrid(a, a, indexing="ij")
+    z = np.stack([first.ravel(), second.ravel()], 1) @ _principal(codes)
+    images = decoded(model, torch.from_numpy(z).float()).numpy()
+    return images.reshape(len(a), len(a), *images.shape[1:])

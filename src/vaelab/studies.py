@@ -1,0 +1,212 @@
+"""Studies: one question, several arms, several seeds, one report.
+
+    removing-kl     the same two-dimensional model with the KL term (beta = 1) and without it (beta = 0)
+
+A study folder holds `study.json` (its settings), `runs/<arm>-seed<N>/` (complete run folders), and the report. Cells that
+are there already, made by the same code from the same settings, are kept: an interrupted study goes on where it was.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vaelab.errors import UsageError, unknown_name
+from vaelab.recipes import Recipe, recipe
+
+if TYPE_CHECKING:
+    from vaelab.data.datasets import Dataset
+    from vaelab.report.build import Arm
+    from vaelab.run import Run
+
+Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]
+"""Opens a line of progress: the label goes in, and what comes out is called with the fraction done and a text."""
+
+MIN_STEPS = 4000
+"""Small data sets get enough epochs for this many steps, unless the epochs are given."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named comparison.
+
+    Attributes:
+        summary: a sentence for the table of studies.
+        recipe: whose fields the command line offers.
+        arms: key -> (label, description, fields of the recipe that set the arm apart).
+    """
+
+    summary: str
+    recipe: str
+    arms: Mapping[str, tuple[str, str, Mapping[str, Any]]]
+
+
+STUDIES: dict[str, Study] = {
+    "removing-kl": Study(
+        "a two-dimensional VAE with the KL term and without it: latent space, samples, exact likelihood",
+        "mnist-2d",
+        {
+            "kl": ("with KL", "beta = 1", {"beta": 1.0}),
+            "no_kl": ("without KL", "beta = 0", {"beta": 0.0}),
+        },
+    )
+}
+
+
+def study(name: str) -> Study:
+    """The study called `name`. Raises UsageError for an unknown one."""
+    if name not in STUDIES:
+        raise unknown_name("study", name, STUDIES)
+    return STUDIES[name]
+
+
+def recipes_of(name: str, data: "Dataset", data_name: str, seeds: int, seed: int, **fields: Any) -> dict[str, list[Recipe]]:
+    """The recipes of a study: arm -> one for each seed, `seed`, `seed` + 1, …
+
+    Raises:
+        UsageError: a field out of range, or no seeds.
+    """
+    if seeds < 1:
+        raise UsageError(f"seeds is {seeds}: expected an integer of 1 or more")
+    chosen = study(name)
+    fields = {key: value for key, value in fields.items() if value is not None}
+    if "epochs" not in fields:
+        default = recipe(chosen.recipe, data.shape, **fields).training
+        per_epoch = math.ceil(len(data.train) / default.batch_size)
+        fields["epochs"] = max(default.epochs, math.ceil(MIN_STEPS / per_epoch))
+    return {
+        arm: [
+            recipe(chosen.recipe, data.shape, **{**fields, **changes, "data": data_name, "seed": seed + i})
+            for i in range(seeds)
+        ]
+        for arm, (_, _, changes) in chosen.arms.items()
+    }
+
+
+def run_study(
+    name: str,
+    folder: Path,
+    data: "Dataset",
+    recipes: Mapping[str, list[Recipe]],
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    stage: Stage = lambda label: nullcontext(lambda done, text: None),
+    stop: Callable[[], str | None] = lambda: None,
+) -> dict[str, Any]:
+    """Train, evaluate, draw and report; returns the report (see `vaelab.report.page`).
+
+    Args:
+        name: of the study.
+        folder: its output; cells found there are kept if they fit.
+        data: the images.
+        recipes: from `recipes_of`.
+        overwrite: remove what an earlier study left in the folder.
+        device: where to train.
+        stage: shows progress.
+        stop: asked after each training step, see `vaelab.train.fit`.
+
+    Raises:
+        UsageError: the folder holds something else, or a study with other settings.
+    """
+    from vaelab.data.protocol import protocol
+    from vaelab.evaluate import evaluate
+    from vaelab.legibility import classifier_for
+    from vaelab.report import build, observations
+    from vaelab.report.build import Arm, Cell
+    from vaelab.run import write_json
+
+    chosen = study(name)
+    settings = {"study": name, "recipes": {arm: [r.to_dict() for r in rs] for arm, rs in recipes.items()}}
+    settings["data_fingerprint"] = data.fingerprint
+    _claim(folder, settings, overwrite)
+    arms = {key: Arm(key, label, description) for key, (label, description, _) in chosen.arms.items()}
+    with stage("train the classifier that reads the samples") as update:
+        classifier, accuracy = classifier_for(data, on_progress=lambda done: update(done, ""))
+        update(1.0, "no labels: skipped" if accuracy is None else f"test accuracy {accuracy:.2%}")
+    cells: list[Cell] = []
+    for i in range(len(next(iter(recipes.values())))):
+        for key, arm in arms.items():
+            wanted = recipes[key][i]
+            run = _trained(folder, arm, wanted, data, device, stage, stop)
+            model = run.model(device)
+            with stage(f"evaluate {arm.label}, seed {wanted.seed}") as update:
+                evaluation = evaluate(
+                    model, data, protocol(wanted.protocol), classifier=classifier,
+                    on_progress=lambda label, done: update(done, label),  # noqa: B023
+                )  # fmt: skip
+            write_json(run.path / "evaluation.json", evaluation.to_dict())
+            cells.append(Cell(arm, run, model, evaluation))
+    with stage("figures and report") as update:
+        drawn = build.draw(folder, cells, data)
+        update(0.8, "")
+        values = build.aggregate(cells)
+        described = cells[0].evaluation.protocol
+        found = observations.removing_kl(
+            values, len(recipes["kl"]), described["importance_samples"], described["importance_sampled_images"],
+            0 if classifier is None else classifier.classes,
+        )  # fmt: skip
+        return build.write(
+            folder, "Removing the KL term",
+            "The same autoencoder, trained with the KL term of the ELBO and without it: what happens to the codes, to the "
+            "samples of the prior, and to the likelihood.",
+            list(arms.values()), cells, drawn, found,
+            {"classifier_test_accuracy": accuracy, "data_source": data.source, "notes": "; ".join(data.notes) or None,
+             "data_fingerprint": data.fingerprint},
+            values,
+        )  # fmt: skip
+
+
+def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make the study's folder, or accept the one that is there."""
+    import shutil
+
+    from vaelab.run import claim_folder, code_hash, read_json, write_json
+
+    marker = folder / "study.json"
+    written = {"format": 1, "code": code_hash(), **settings}
+    if marker.is_file():
+        if read_json(marker) == written:
+            return
+        if not overwrite:
+            raise UsageError(
+                f"'{folder}' holds a study with other settings or of another version of the code: choose another --out, "
+                "or --overwrite to replace it"
+            )
+        for part in (*(folder / n for n in ("study.json", "report.json", "report.html")),):
+            part.unlink(missing_ok=True)
+        for part in ("images", "runs"):
+            shutil.rmtree(folder / part, ignore_errors=True)
+    claim_folder(folder)
+    write_json(marker, written)
+
+
+def _trained(
+    folder: Path, arm: "Arm", wanted: Recipe, data: "Dataset", device: str, stage: Stage, stop: Callable[[], str | None]
+) -> "Run":
+    """The trained run of one cell: the one that is there, or a new one."""
+    import shutil
+
+    from vaelab.run import Run
+    from vaelab.train import Progress, train
+
+    path = folder / "runs" / f"{arm.key}-seed{wanted.seed}"
+    label = f"train {arm.label}, seed {wanted.seed}"
+    if path.is_dir():
+        run = Run.open(path)
+        if run.finished:
+            with stage(label) as update:
+                update(1.0, "kept from before")
+            return run
+        shutil.rmtree(path)
+    with stage(label) as update:
+
+        def show(p: Progress) -> None:
+            update(p.step / p.steps, p.text())
+
+        run = train(wanted, data, path, device=device, on_progress=show, stop=stop)
+        last = run.history()[-1]
+        update(1.0, f"rate {last['test']['rate']:.2f}  distortion {last['test']['distortion']:.2f} nats (test)")
+    return run

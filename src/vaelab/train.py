@@ -1,0 +1,253 @@
+"""The training loop, in plain sight.
+
+One step: take a batch of bytes, let the protocol make it what the model sees, trace, estimate, differentiate, update.
+The data set lives in memory as bytes; there are no loader processes. All noise of step s comes from the stream
+("noise", s), and the order of epoch e from ("order", e): see `vaelab.rng`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vaelab.data.datasets import Dataset
+from vaelab.data.protocol import Protocol, check
+from vaelab.data.protocol import protocol as protocol_named
+from vaelab.errors import Interrupted, NoDensity, NonFiniteError, UsageError
+from vaelab.models.vae import VAE
+from vaelab.objectives import ELBO
+from vaelab.optim import Average, Optimiser
+from vaelab.precision import choose
+from vaelab.recipes import Recipe, Training
+from vaelab.registry import build
+from vaelab.rng import stream, stream_seed
+from vaelab.run import Run
+from vaelab.schedules import LEARNING_RATE
+from vaelab.trace import Trace
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a progress bar shows; rate and distortion in nats per image, means over the epoch so far."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    rate: float
+    distortion: float
+    images_per_second: float
+    seconds_left: float
+
+    def text(self) -> str:
+        """One line for a progress bar."""
+        rate = "n/a" if math.isnan(self.rate) else f"{self.rate:.2f}"
+        return (
+            f"epoch {self.epoch}/{self.epochs}  rate {rate}  distortion {self.distortion:.2f} nats  "
+            f"{self.images_per_second:,.0f} images/s"
+        )
+
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl: epoch, step, seconds of training, lr, and rate and distortion on train and test."""
+
+
+def fit(
+    model: nn.Module,
+    objective: ELBO,
+    data: Dataset,
+    protocol: Protocol,
+    training: Training,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_epoch: Callable[[Record], None] = lambda record: None,
+    stop: Callable[[], str | None] = lambda: None,
+) -> list[Record]:
+    """Fit a model to a data set. The model is changed in place, and holds the averaged weights afterwards.
+
+    Args:
+        model: a `VAE`, or anything with the same `trace`.
+        objective: what is differentiated, see `vaelab.objectives`.
+        data: images as bytes.
+        protocol: how bytes become what the model sees.
+        training: epochs, batch size, optimiser …
+        seed: the root of all randomness.
+        device: where to train.
+        on_progress: called a few times a second.
+        on_epoch: called with each epoch's record.
+        stop: asked after each step; a reason ends training with `Interrupted`, the model kept as it is.
+
+    Returns:
+        One record for each epoch.
+
+    Raises:
+        UsageError: the likelihood does not match the protocol, or the batch is larger than the data.
+        NonFiniteError: the loss is not finite; names the step.
+        Interrupted: `stop` gave a reason.
+    """
+    check(protocol, model.likelihood)  # type: ignore[arg-type]
+    if training.batch_size > len(data.train):
+        raise UsageError(
+            f"batch_size is {training.batch_size} and there are {len(data.train)} training images: choose a smaller one"
+        )
+    device = torch.device(device)
+    model.to(device).train()
+    pixels = torch.from_numpy(data.train.pixels).to(device)
+    test = protocol.test_set(data.test.pixels).to(device)
+    precision = choose(training.precision, device)
+    steps_per_epoch = math.ceil(len(pixels) / training.batch_size)
+    steps = steps_per_epoch * training.epochs
+    optimiser = Optimiser(model, training.optimiser, training.lr, LEARNING_RATE[training.schedule], steps)
+    average = Average(model, training.average)
+
+    history: list[Record] = []
+    seconds, step = 0.0, 0
+    for epoch in range(1, training.epochs + 1):
+        start, meter = time.perf_counter(), Meter(device)
+        order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
+        for batch in order.split(training.batch_size):
+            noise = stream(seed, "noise", step, device=device)
+            x = protocol.training_batch(pixels[batch], noise)
+            with precision.autocast(device):
+                trace = model.trace(x, k=training.k, generator=noise)
+            loss = objective(trace, step).loss
+            loss.backward()
+            if not math.isfinite(loss.item()):
+                raise NonFiniteError(
+                    f"the loss of step {step} (epoch {epoch}) is {loss.item()}: lower --lr, or try --precision float32"
+                )
+            optimiser.step(step)
+            average.update(step)
+            meter.add(trace)
+            step += 1
+            if meter.due():
+                now = seconds + time.perf_counter() - start
+                on_progress(meter.progress(epoch, training.epochs, step, steps, training.batch_size, now))
+            reason = stop()
+            if reason:
+                average.swap()
+                raise Interrupted(reason, step=step, steps=steps)
+        seconds += time.perf_counter() - start
+
+        average.swap()
+        rate, distortion = meter.means()
+        record = {
+            "epoch": epoch,
+            "step": step,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(len(pixels) * epoch / seconds, 1),
+            "train": {"rate": rate, "distortion": distortion},
+            "test": test_metrics(model, test, seed),
+        }
+        history.append(record)
+        on_epoch(record)
+        if epoch < training.epochs:
+            average.swap()
+    model.eval()
+    return history
+
+
+def train(
+    recipe: Recipe,
+    data: Dataset,
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], str | None] = lambda: None,
+) -> Run:
+    """Train a recipe into a new run folder; same seed, same machine, same threads: same bits.
+
+    An interrupted training saves the weights it has and raises. Arguments and errors as in `fit`, and UsageError where
+    the folder cannot be made.
+    """
+    model, objective = initial_model(recipe), build(recipe.objective)
+    protocol = protocol_named(recipe.protocol)
+    check(protocol, model.likelihood)
+    precision = choose(recipe.training.precision, torch.device(device))
+    run = Run.create(
+        path, recipe, device=str(device), data_fingerprint=data.fingerprint, data_source=data.source,
+        precision=precision.name, precision_reason=precision.reason,
+    )  # fmt: skip
+    try:
+        fit(
+            model, objective, data, protocol, recipe.training, seed=recipe.seed, device=device,
+            on_progress=on_progress, on_epoch=run.append, stop=stop,
+        )  # fmt: skip
+    except Interrupted:
+        run.save_model(model)
+        raise
+    run.save_model(model)
+    return run
+
+
+def initial_model(recipe: Recipe) -> VAE:
+    """The recipe's model with its first weights, from the stream "init"; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(recipe.seed, "init"))
+        return build(recipe.model)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients, and the mode restored afterwards."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(mode)
+
+
+def test_metrics(model: nn.Module, images: Tensor, seed: int, batch_size: int = 1000) -> dict[str, float | None]:
+    """Rate and distortion of the test images in float32, with the same noise at every call, in nats per image."""
+    meter = Meter(images.device)
+    with evaluating(model):
+        for i, x in enumerate(images.split(batch_size)):
+            meter.add(model.trace(x, generator=stream(seed, "eval", i, device=images.device)))  # type: ignore[operator]
+    rate, distortion = meter.means()
+    return {"rate": rate, "distortion": distortion}
+
+
+class Meter:
+    """Sums of rate and distortion with their counts, so that unequal batches average rightly; in float64."""
+
+    def __init__(self, device: torch.device, interval: float = 0.2) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.count, self.interval, self.last = 0, interval, time.perf_counter()
+
+    def add(self, trace: Trace) -> None:
+        distortion = trace.distortion.detach()
+        try:
+            rate = trace.rate.detach().sum()
+        except NoDensity:
+            rate = torch.tensor(torch.nan, device=distortion.device)
+        self.sums += torch.stack([rate, distortion.sum()]).double()
+        self.count += len(distortion)
+
+    def means(self) -> tuple[float | None, float]:
+        rate, distortion = (self.sums / self.count).tolist()
+        return (None if math.isnan(rate) else rate), distortion
+
+    def due(self) -> bool:
+        now = time.perf_counter()
+        if now - self.last < self.interval:
+            return False
+        self.last = now
+        return True
+
+    def progress(self, epoch: int, epochs: int, step: int, steps: int, batch: int, seconds: float) -> Progress:
+        rate, distortion = self.means()
+        speed, left = batch * step / seconds, seconds / step * (steps - step)
+        return Progress(epoch, epochs, step, steps, math.nan if rate is None else rate, distortion, speed, left)
+
+
