@@ -248,9 +248,7 @@ def codes_of(model: VAE, images: Tensor, batch_size: int = 2000) -> np.ndarray:
         return np.concatenate([_numpy(model.encode(part).mean) for part in images.split(batch_size)])
 
 
-def _codes(
-    model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sigma: np.ndarray
-) -> dict[str, Quantity]:
+def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sigma: np.ndarray) -> dict[str, Quantity]:
     from scipy.stats import chi2
 
     radius = math.sqrt(chi2.ppf(PRIOR_MASS, codes.shape[1]))
@@ -318,5 +316,3 @@ def _positive(**values: int) -> None:
 
 def _numpy(value: Tensor) -> np.ndarray:
     return value.detach().double().cpu().numpy()
-
-

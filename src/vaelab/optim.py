@@ -1,18 +1,29 @@
-"""Optimisers by name, and the running average of the weights.
+"""Optimisers by name, on flat float32 weights, beside the bfloat16 copies that the networks compute with.
 
 `adam`   Adam (Kingma & Ba 2015, arXiv 1412.6980) on everything.
 `muon`   Muon (Jordan et al. 2024) on the matrices between hidden layers, Adam on the rest: each update of a matrix is
          its momentum with all singular values set to one.
+
+Two ideas make a step cheap on a CPU. All float32 weights that Adam updates lie in one tensor, so that it is one fused
+kernel instead of a dispatch for each layer. And in bfloat16 training the weights of linear and convolutional layers are
+bfloat16 copies, renewed once after each update, instead of being cast by autocast in every forward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from vaelab.nn.mlp import ExactLinear
+
+_CASTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 class Optimiser:
-    """One or two torch optimisers driven as one, with a schedule.
+    """Updates a model: float32 masters, gradients, clipping, learning rate, averaged weights.
+
+    Between construction and `finish` the model's parameters are the optimiser's own storage.
 
     Args:
         model: whose parameters are updated.
@@ -20,54 +31,106 @@ class Optimiser:
         lr: the peak learning rate.
         schedule: multiplier of the learning rate from the fraction of training done.
         steps: of the whole training.
+        clip: largest norm of the gradient; 0 for no clipping.
+        average: decay a step of the averaged weights; 0 for none. At step s the decay is min(average, (1+s)/(10+s)),
+            so that a short run is not held back by its initialisation (Polyak & Juditsky 1992).
+        bfloat16: whether linear and convolutional layers compute with bfloat16 copies of their weights.
     """
 
-    def __init__(self, model: nn.Module, name: str, lr: float, schedule: Callable[[float], float], steps: int) -> None:
-        self.lr, self.schedule, self.steps = lr, schedule, steps
-        parameters = list(model.parameters())
-        hidden = _hidden_matrices(model) if name == "muon" else []
-        ids = {id(p) for p in hidden}
-        rest = [p for p in parameters if id(p) not in ids]
-        self.members: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr, fused=True)]
-        if hidden:
-            self.members.append(torch.optim.Muon(hidden, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        lr: float,
+        schedule: Callable[[float], float],
+        steps: int,
+        clip: float = 0.0,
+        average: float = 0.0,
+        bfloat16: bool = False,
+    ) -> None:
+        self.lr, self.schedule, self.steps, self.clip, self.average = lr, schedule, steps, clip, average
+        matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 32}
+        muon = matrices if name == "muon" else set()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = sorted(trained, key=lambda p: id(p) in muon)  # Adam's part of the flat tensor comes first
+        self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
+        self.gradient = torch.zeros_like(self.master)
+        self.weights, self.gradients = self._views(self.master), self._views(self.gradient)
+        self.averaged = self.master.clone() if average else None
 
-    def step(self, step: int) -> None:
-        """Update the parameters from their gradients, at the learning rate of this step, and clear the gradients."""
-        lr = self.lr * self.schedule(step / self.steps)
+        cast = _castable(model) if bfloat16 else set()
+        self.copies = [(p, w, g) for p, w, g in zip(self.parameters, self.weights, self.gradients, strict=True)
+                       if id(p) in cast]  # fmt: skip
+        self._bind()
+
+        rest = sum(p.numel() for p in self.parameters if id(p) not in muon)
+        flat = nn.Parameter(self.master[:rest])
+        flat.grad = self.gradient[:rest]
+        self.members: list[torch.optim.Optimizer] = [torch.optim.Adam([flat], lr, fused=True)]
+        if muon:
+            own = []
+            for p, weight, gradient in zip(self.parameters, self.weights, self.gradients, strict=True):
+                if id(p) in muon:
+                    own.append(nn.Parameter(weight))
+                    own[-1].grad = gradient
+            self.members.append(torch.optim.Muon(own, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+
+    @torch.no_grad()
+    def step(self, step: int) -> float:
+        """One update from the parameters' gradients, which are cleared; returns the gradient's norm before clipping."""
+        if self.copies:
+            have = [(g, p.grad) for p, _, g in self.copies if p.grad is not None]
+            torch._foreach_copy_([g for g, _ in have], [grad for _, grad in have])
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        if 0 < self.clip < norm:
+            self.gradient.mul_(self.clip / norm)
         for member in self.members:
             for group in member.param_groups:
-                group["lr"] = lr
+                group["lr"] = self.lr * self.schedule(step / self.steps)
             member.step()
-            member.zero_grad(set_to_none=True)
+        self.gradient.zero_()
+        if self.copies:
+            torch._foreach_copy_([p for p, _, _ in self.copies], [w for _, w, _ in self.copies])
+            for p, _, _ in self.copies:
+                p.grad = None
+        if self.averaged is not None:
+            self.averaged.lerp_(self.master, 1 - min(self.average, (1 + step) / (10 + step)))
+        return norm
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Inside, the model holds the float32 weights that are evaluated and saved: the averaged ones, if any."""
+        source = self.weights if self.averaged is None else self._views(self.averaged)
+        for p, weight in zip(self.parameters, source, strict=True):
+            p.grad = None
+            p.data = weight
+        try:
+            yield
+        finally:
+            self._bind()
+
+    def finish(self) -> None:
+        """Leave the evaluated weights in the model, in storage of its own."""
+        source = self.weights if self.averaged is None else self._views(self.averaged)
+        for p, weight in zip(self.parameters, source, strict=True):
+            p.grad = None
+            p.data = weight.clone()
+
+    def _bind(self) -> None:
+        """The model's parameters become views of the masters, or bfloat16 copies of them."""
+        copied = {id(p) for p, _, _ in self.copies}
+        for p, weight, gradient in zip(self.parameters, self.weights, self.gradients, strict=True):
+            p.grad = None
+            p.data = weight.bfloat16() if id(p) in copied else weight
+            if id(p) not in copied:
+                p.grad = gradient  # autograd adds into the flat gradient
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([p.numel() for p in self.parameters])
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
 
-def _hidden_matrices(model: nn.Module) -> Sequence[nn.Parameter]:
-    """Weights of linear layers that are wide on both sides: Muon's orthogonal update is made for those."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 32]
-
-
-class Average:
-    """Exponential moving average of a model's parameters (Polyak & Juditsky 1992), with a warm-up of the decay.
-
-    At step s the decay is min(decay, (1 + s) / (10 + s)), so that a short run is not held back by its initialisation.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters = list(model.parameters())
-        self.decay = decay
-        self.values = [p.detach().clone() for p in self.parameters] if decay else []
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        if self.values:
-            decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the model's weights and their average; call it twice around an evaluation."""
-        if self.values:
-            held = [p.detach().clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.values)
-            torch._foreach_copy_(self.values, held)
+def _castable(model: nn.Module) -> set[int]:
+    """Weights whose layer autocast would run in bfloat16 and that nothing else reads."""
+    layers = [m for m in model.modules() if isinstance(m, _CASTABLE) and not isinstance(m, ExactLinear)]
+    return {id(m.weight) for m in layers if type(m) in _CASTABLE}

@@ -37,5 +37,3 @@ class Delta(nn.Module):
 
     def forward(self, h: Tensor) -> DeltaDistribution:
         return DeltaDistribution(self.head(h))
-
-

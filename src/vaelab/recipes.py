@@ -28,7 +28,9 @@ FIELDS: dict[str, str] = {
     "k": "Posterior samples for each image in a step.",
     "optimiser": "adam, or muon for hidden matrices with adam for the rest.",
     "lr": "Peak learning rate.",
-    "schedule": "Of the learning rate: constant, linear, cosine, one-cycle.",
+    "schedule": "Of the learning rate: constant, linear, cosine, warm-cosine, one-cycle.",
+    "clip": "Largest norm of the gradient; 0 for no clipping.",
+    "frequencies": "Sines of z that the decoder sees beside z; 0 for none.",
     "average": "Decay of the averaged weights that are evaluated and saved; 0 for none.",
     "precision": "auto, float32 or bfloat16.",
     "seed": "The root of all randomness.",
@@ -36,7 +38,7 @@ FIELDS: dict[str, str] = {
 """What each field means, for the command line."""
 
 OPTIMISERS = ("adam", "muon")
-SCHEDULES = ("constant", "linear", "cosine", "one-cycle")
+SCHEDULES = ("constant", "linear", "cosine", "warm-cosine", "one-cycle")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -51,6 +53,7 @@ class Training:
         optimiser: `adam`, or `muon` for the hidden layers' matrices with Adam for the rest.
         lr: the peak learning rate.
         schedule: of the learning rate, over the whole of training.
+        clip: largest norm of the gradient of a step; 0 for no clipping.
         average: decay a step of the exponential moving average of the weights that is evaluated and saved; 0 for none.
         precision: `auto` (bfloat16 matrix products where the processor has them), `float32` or `bfloat16`.
     """
@@ -61,6 +64,7 @@ class Training:
     optimiser: str = "adam"
     lr: float = 1e-3
     schedule: str = "constant"
+    clip: float = 0.0
     average: float = 0.0
     precision: str = "auto"
 
@@ -69,6 +73,8 @@ class Training:
             _at_least_one(name, getattr(self, name))
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"lr is {self.lr}: the learning rate must be a finite number above 0")
+        if not self.clip >= 0:
+            raise UsageError(f"clip is {self.clip}: the largest gradient norm is 0 (no clipping) or more")
         if not 0 <= self.average < 1:
             raise UsageError(f"average is {self.average}: the decay of the averaged weights lies in [0, 1)")
         for kind, known in (("optimiser", OPTIMISERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -124,6 +130,7 @@ def mnist(
     optimiser: str = "adam",
     lr: float = 1e-3,
     schedule: str = "one-cycle",
+    clip: float = 0.0,
     average: float = 0.0,
     precision: str = "auto",
     seed: int = 0,
@@ -131,7 +138,7 @@ def mnist(
     """The 784-400-20 network of the classic PyTorch example, on grey levels (a cross-entropy, not a likelihood)."""
     return Recipe(
         "mnist", data, protocol, dense_vae(shape, latent_dim, hidden, hidden[::-1], activation, protocol),
-        _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, average, precision), seed,
+        _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, clip, average, precision), seed,
     )  # fmt: skip
 
 
@@ -142,27 +149,36 @@ def mnist_2d(
     protocol: str = "dynamic",
     latent_dim: int = 2,
     hidden: tuple[int, ...] = (512, 512),
+    frequencies: int = 128,
     activation: str = "silu",
     beta: float = 1.0,
     epochs: int = 30,
     batch_size: int = 128,
     k: int = 1,
     optimiser: str = "adam",
-    lr: float = 2e-3,
-    schedule: str = "cosine",
+    lr: float = 3e-3,
+    schedule: str = "warm-cosine",
+    clip: float = 200.0,
     average: float = 0.0,
     precision: str = "auto",
     seed: int = 0,
 ) -> Recipe:
     """The lab's model: two latent dimensions, on binary pixels, so that its likelihood can be computed exactly."""
     return Recipe(
-        "mnist-2d", data, protocol, dense_vae(shape, latent_dim, hidden, hidden[::-1], activation, protocol),
-        _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, average, precision), seed,
+        "mnist-2d", data, protocol,
+        dense_vae(shape, latent_dim, hidden, hidden[::-1], activation, protocol, frequencies),
+        _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, clip, average, precision), seed,
     )  # fmt: skip
 
 
 def dense_vae(
-    shape: Shape, latent_dim: int, encoder: tuple[int, ...], decoder: tuple[int, ...], activation: str, protocol: str
+    shape: Shape,
+    latent_dim: int,
+    encoder: tuple[int, ...],
+    decoder: tuple[int, ...],
+    activation: str,
+    protocol: str,
+    frequencies: int = 0,
 ) -> Spec:
     """The spec of a VAE of dense layers: Gaussian posterior, standard normal prior, Bernoulli pixels."""
     _at_least_one("latent_dim", latent_dim)
@@ -170,6 +186,9 @@ def dense_vae(
         raise UsageError("hidden is empty: give the width of at least one hidden layer, as in --hidden 400")
     for width in (*encoder, *decoder):
         _at_least_one("hidden", width)
+    if frequencies < 0:
+        raise UsageError(f"frequencies is {frequencies}: expected 0 (none) or more")
+    sines = {"frequencies": frequencies} if frequencies else {}
     grey = protocol == "grey"
     return spec(
         "VAE",
@@ -179,8 +198,8 @@ def dense_vae(
         prior=spec("priors.StandardNormal", dim=latent_dim),
         likelihood=spec(
             "likelihoods.GreyCrossEntropy" if grey else "likelihoods.Bernoulli",
-            decoder=spec("nn.MLP", in_shape=[latent_dim], hidden=list(decoder), out_shape=list(shape),
-                         activation=activation),
+            decoder=spec("nn.FourierMLP" if sines else "nn.MLP", in_shape=[latent_dim], hidden=list(decoder),
+                         out_shape=list(shape), activation=activation, **sines),
         ),
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ Spec = dict[str, Any]
 COMPONENTS: dict[str, str] = {
     "VAE": "vaelab.models.vae:VAE",
     "nn.MLP": "vaelab.nn.mlp:MLP",
+    "nn.FourierMLP": "vaelab.nn.mlp:FourierMLP",
     "posteriors.Gaussian": "vaelab.posteriors:Gaussian",
     "posteriors.Delta": "vaelab.posteriors:Delta",
     "priors.StandardNormal": "vaelab.priors:StandardNormal",

@@ -62,7 +62,9 @@ def study(name: str) -> Study:
     return STUDIES[name]
 
 
-def recipes_of(name: str, data: "Dataset", data_name: str, seeds: int, seed: int, **fields: Any) -> dict[str, list[Recipe]]:
+def recipes_of(
+    name: str, data: "Dataset", data_name: str, seeds: int, seed: int, **fields: Any
+) -> dict[str, list[Recipe]]:
     """The recipes of a study: arm -> one for each seed, `seed`, `seed` + 1, …
 
     Raises:
@@ -135,7 +137,7 @@ def run_study(
             with stage(f"evaluate {arm.label}, seed {wanted.seed}") as update:
                 evaluation = evaluate(
                     model, data, protocol(wanted.protocol), classifier=classifier,
-                    on_progress=lambda label, done: update(done, label),  # noqa: B023
+                    on_progress=lambda label, done: update(done, label),
                 )  # fmt: skip
             write_json(run.path / "evaluation.json", evaluation.to_dict())
             cells.append(Cell(arm, run, model, evaluation))

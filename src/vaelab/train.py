@@ -22,7 +22,7 @@ from vaelab.data.protocol import protocol as protocol_named
 from vaelab.errors import Interrupted, NoDensity, NonFiniteError, UsageError
 from vaelab.models.vae import VAE
 from vaelab.objectives import ELBO
-from vaelab.optim import Average, Optimiser
+from vaelab.optim import Optimiser
 from vaelab.precision import choose
 from vaelab.recipes import Recipe, Training
 from vaelab.registry import build
@@ -105,8 +105,10 @@ def fit(
     precision = choose(training.precision, device)
     steps_per_epoch = math.ceil(len(pixels) / training.batch_size)
     steps = steps_per_epoch * training.epochs
-    optimiser = Optimiser(model, training.optimiser, training.lr, LEARNING_RATE[training.schedule], steps)
-    average = Average(model, training.average)
+    optimiser = Optimiser(
+        model, training.optimiser, training.lr, LEARNING_RATE[training.schedule], steps, training.clip, training.average,
+        bfloat16=precision.name == "bfloat16",
+    )  # fmt: skip
 
     history: list[Record] = []
     seconds, step = 0.0, 0
@@ -124,33 +126,32 @@ def fit(
                 raise NonFiniteError(
                     f"the loss of step {step} (epoch {epoch}) is {loss.item()}: lower --lr, or try --precision float32"
                 )
-            optimiser.step(step)
-            average.update(step)
-            meter.add(trace)
+            meter.add(trace, optimiser.step(step))
             step += 1
             if meter.due():
                 now = seconds + time.perf_counter() - start
                 on_progress(meter.progress(epoch, training.epochs, step, steps, training.batch_size, now))
             reason = stop()
             if reason:
-                average.swap()
+                optimiser.finish()
                 raise Interrupted(reason, step=step, steps=steps)
         seconds += time.perf_counter() - start
 
-        average.swap()
         rate, distortion = meter.means()
+        with optimiser.evaluated():
+            tested = test_metrics(model, test, seed)
         record = {
             "epoch": epoch,
             "step": step,
             "seconds": round(seconds, 3),
             "images_per_second": round(len(pixels) * epoch / seconds, 1),
+            "gradient_norm": {"mean": meter.norm_sum / meter.steps, "max": meter.norm_max},
             "train": {"rate": rate, "distortion": distortion},
-            "test": test_metrics(model, test, seed),
+            "test": tested,
         }
         history.append(record)
         on_epoch(record)
-        if epoch < training.epochs:
-            average.swap()
+    optimiser.finish()
     model.eval()
     return history
 
@@ -224,8 +225,9 @@ class Meter:
     def __init__(self, device: torch.device, interval: float = 0.2) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.count, self.interval, self.last = 0, interval, time.perf_counter()
+        self.steps, self.norm_sum, self.norm_max = 0, 0.0, 0.0
 
-    def add(self, trace: Trace) -> None:
+    def add(self, trace: Trace, gradient_norm: float = 0.0) -> None:
         distortion = trace.distortion.detach()
         try:
             rate = trace.rate.detach().sum()
@@ -233,6 +235,8 @@ class Meter:
             rate = torch.tensor(torch.nan, device=distortion.device)
         self.sums += torch.stack([rate, distortion.sum()]).double()
         self.count += len(distortion)
+        self.steps += 1
+        self.norm_sum, self.norm_max = self.norm_sum + gradient_norm, max(self.norm_max, gradient_norm)
 
     def means(self) -> tuple[float | None, float]:
         rate, distortion = (self.sums / self.count).tolist()
@@ -249,5 +253,3 @@ class Meter:
         rate, distortion = self.means()
         speed, left = batch * step / seconds, seconds / step * (steps - step)
         return Progress(epoch, epochs, step, steps, math.nan if rate is None else rate, distortion, speed, left)
-
-

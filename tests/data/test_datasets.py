@@ -265,6 +265,12 @@ def test_split_shares_differ_by_less_than_one_and_keep_rare_classes_to_train_on(
     assert (np.bincount(labels[train], minlength=6) > 0).all()
 
 
+def test_split_never_takes_the_only_image_of_a_class():
+    labels = np.array([*range(10), *[10] * 12])  # its share of 3 is 1.6, and no other class can give one
+    train, test = datasets._split(22, 3, labels)
+    assert labels[test].tolist() == [10, 10, 10] and set(labels[train]) == set(range(11))
+
+
 def test_split_with_as_many_classes_as_images_is_still_a_sixth():
     train, test = datasets._split(12, 2, np.arange(12))
     assert (len(train), len(test)) == (10, 2)

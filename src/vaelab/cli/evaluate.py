@@ -38,11 +38,11 @@ def evaluate(
     for run in [Run.open(path) for path in runs]:
         model, data = run.model(), data_of(run, data_dir, stages)
         with stages("train the classifier that reads the samples") as update:
-            classifier, _ = classifier_for(data, on_progress=lambda done: update(done, ""))  # noqa: B023
+            classifier, _ = classifier_for(data, on_progress=lambda done: update(done, ""))
         with stages(f"evaluate {run.path}") as update:
             found = measure(
                 model, data, protocol(run.recipe().protocol), classifier=classifier, k=k, is_images=is_images,
-                samples=samples, seed=seed, on_progress=lambda label, done: update(done, label),  # noqa: B023
+                samples=samples, seed=seed, on_progress=lambda label, done: update(done, label),
             )  # fmt: skip
         write_json(run.path / "evaluation.json", found.to_dict())
         documents[str(run.path)] = found

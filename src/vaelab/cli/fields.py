@@ -36,7 +36,7 @@ def command_from(
     }
 
     def command(**values: Any) -> Any:
-        fields = {name: values.pop(name) for name in offered if name in values}
+        fields = {name: values.pop(name, parameter.default) for name, parameter in offered.items()}
         return body(**values, fields=fields)
 
     parameters = [*own.values(), *offered.values()]

@@ -69,7 +69,9 @@ def _free(name: str) -> Path:
 for _name, _function in RECIPES.items():
     app.command(
         command_from(
-            _function, _body(_name), doc=f"{_function.__doc__}\n\nExample: `vaelab train {_name} --epochs 5 --out runs/x`"
+            _function,
+            _body(_name),
+            doc=f"{_function.__doc__}\n\nExample: `vaelab train {_name} --epochs 5 --out runs/x`",
         ),
         name=_name,
     )

@@ -361,9 +361,11 @@ def _split(count: int, take: int, labels: np.ndarray | None) -> tuple[np.ndarray
     if labels is not None:
         _, sizes = np.unique(labels, return_counts=True)
         share = sizes * take / count
-        number = np.minimum(np.floor(share).astype(int), sizes - 1)
-        for i in np.argsort(number - share, kind="stable"):  # the most wanting first
-            number[i] += int(number.sum() < take and number[i] < sizes[i] - 1)
+        number = np.floor(share).astype(int)
+        wanting = np.argsort(number - share, kind="stable")  # the most wanting first
+        while number.sum() < take and (room := number < sizes - 1).any():
+            for i in wanting:
+                number[i] += int(room[i] and number.sum() < take)
         if number.sum() == take:
             groups = np.split(order[np.argsort(labels[order], kind="stable")], np.cumsum(sizes)[:-1])
             test = np.concatenate([group[:n] for group, n in zip(groups, number, strict=True)])

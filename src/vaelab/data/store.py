@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int | None], None]  # label, bytes done, bytes in
 
 OPEN_SECONDS = 8.0  # until a server has answered: name look-up, connection and headers together
 STALL_SECONDS = 15.0  # without a byte
-TOTAL_SECONDS = 600.0  # for one file: 16 kB/s for the largest
+TOTAL_SECONDS = 600.0  # for one file: 16 kB/s is enough for the largest
 NPM_SECONDS = 180.0
 
 _CHUNK = 1 << 20
@@ -76,9 +76,6 @@ class Found(NamedTuple):
     path: Path
     owner: str
     data: bytearray
-
-
-# --- finding ---
 
 
 def cache_dir() -> Path:
@@ -172,18 +169,16 @@ def _verified(path: Path, file: File) -> bytearray:
 # --- fetching ---
 
 
-def _fetch(
-    bundle: Bundle, missing: Sequence[File], target: Path, progress: Progress | None
-) -> tuple[list[File], list[str]]:
+def _fetch(bundle: Bundle, missing: list[File], into: Path, progress: Progress | None) -> tuple[list[File], list[str]]:
     """Ask each source for what is missing. Returns what is missing still, and why each source failed."""
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        into.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise _unwritable(into, error) from error
     left, failures = list(missing), []
     for source in bundle.sources:
         try:
-            for file in source.fetch(tuple(left), target, progress):
+            for file in source.fetch(tuple(left), into, progress):
                 left.remove(file)
         except (SourceError, OSError) as error:
             failures.append(f"{source.label}: {error}")
@@ -245,9 +240,8 @@ class _Metered:
     """A stream that refuses to give more than `limit` bytes or to take longer than `seconds`."""
 
     def __init__(self, read: Callable[[int], bytes], limit: int, seconds: float, tick: Callable[[int], None]) -> None:
-        self._read, self._limit, self._tick = read, limit, tick
+        self._read, self._limit, self._tick, self._done = read, limit, tick, 0
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
-        self._done = 0
 
     def read(self, size: int) -> bytes:
         """As many bytes as asked for, unless the stream ends: gzip takes a short read of its header for damage."""

@@ -42,10 +42,11 @@ from vaelab.errors import NonFiniteError
 PALETTE = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
            "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
 MARKERS = "o^sDvP"
+SIZE = 13
 INK, GREY, PALE = "#1c1c1c", "#555555", "#dddddd"
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same letters on every machine
-    "font.size": 13,
+    "font.size": SIZE,
     "text.parse_math": False,  # a class may be called "$5"
     "text.color": INK,
     "axes.edgecolor": GREY,
@@ -53,10 +54,6 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "legend.frameon": False,
     "figure.constrained_layout.h_pad": 0.12,
     "figure.constrained_layout.w_pad": 0.12,
@@ -77,7 +74,11 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(STYLE)
             figure = draw(*args, **kwargs)
-            for _ in range(2):  # axes with a fixed aspect settle on the second pass ...
+            for (
+                axes
+            ) in figure.axes:  # ticks are chosen anew at each drawing: by this size, not by the settings of the day
+                axes.tick_params(labelsize=SIZE, color=GREY, labelcolor=INK)
+            for _ in range(3):  # axes of fixed aspect settle on the third pass (to 0.001 of the figure) ...
                 figure.draw_without_rendering()
             figure.set_layout_engine("none")  # ... and stay: the layout would follow the resolution and the last save
             return figure

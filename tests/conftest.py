@@ -1,0 +1,31 @@
+"""Shared by all tests: where the data is, one thread, and a small data set."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+if "VAELAB_DATA" not in os.environ and SHARED.is_dir():
+    os.environ["VAELAB_DATA"] = str(SHARED)
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from vaelab.data.datasets import load
+
+    return load("digits")
+
+
+@pytest.fixture(autouse=True)
+def _global_state_is_left_alone():
+    """No part of the library may move torch's global generator or its default dtype."""
+    before, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    yield
+    assert torch.get_default_dtype() == dtype
+    torch.set_rng_state(before)
