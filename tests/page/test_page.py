@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_a_write_that_fails_leaves_the_old_page_whole(folder, report, monkeypatc
     assert (folder / "report.html").read_bytes() == before
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
     assert sorted(p.name for p in folder.iterdir()) == ["images", "report.html", "report.json"]
+
+
+def test_only_temporary_names_are_written_to(folder, report, monkeypatch) -> None:
+    written, write = [], Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: (written.append(self.name), write(self, *a, **k)))
+    page.write_report(folder, report)
+    assert len(written) == 2
+    assert not {"report.json", "report.html"} & set(written)
 
 
 def test_json_is_strict_and_keeps_what_is_not_finite(folder, report) -> None:

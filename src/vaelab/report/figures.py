@@ -17,73 +17,48 @@ Colours are Petroff's ten (arXiv:2107.02270), chosen to stay apart for colour-bl
 changes too, and each class is named at its median, so that nobody depends on colour alone.
 """
 
-import functools
 import math
 import os
-import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from vaelab.errors import NonFiniteError
+from vaelab.report.canvas import (
+    GREY,
+    INK,
+    MARKERS,
+    PALE,
+    PALETTE,
+    Array,
+    Group,
+    all_finite,
+    as_images,
+    groups_of,
+    legend_width,
+    new_axes,
+    new_figure,
+    picture,
+    put_legend,
+    put_suptitle,
+    put_title,
+    shorten,
+    styled_figure,
+)
 
-PALETTE = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
-           "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]  # fmt: skip
-MARKERS = "o^sDvP"
-SIZE = 13
-INK, GREY, PALE = "#1c1c1c", "#555555", "#dddddd"
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same letters on every machine
-    "font.size": SIZE,
-    "text.parse_math": False,  # a class may be called "$5"
-    "text.color": INK,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.constrained_layout.h_pad": 0.12,
-    "figure.constrained_layout.w_pad": 0.12,
-}
 HALO = [withStroke(linewidth=3, foreground="white")]
 
-Array = NDArray[Any]
 Limits = tuple[float, float, float, float]
-P = ParamSpec("P")
-
-
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draws under matplotlib's own defaults and `STYLE`; the caller's settings come back whatever happens."""
-
-    @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(STYLE)
-            figure = draw(*args, **kwargs)
-            for (
-                axes
-            ) in figure.axes:  # ticks are chosen anew at each drawing: by this size, not by the settings of the day
-                axes.tick_params(labelsize=SIZE, color=GREY, labelcolor=INK)
-            for _ in range(3):  # axes of fixed aspect settle on the third pass (to 0.001 of the figure) ...
-                figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # ... and stay: the layout would follow the resolution and the last save
-            return figure
-
-    return styled
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 160) -> Path:
@@ -105,7 +80,7 @@ def save(figure: Figure, path: str | Path, dpi: int = 160) -> Path:
     return path
 
 
-@_styled
+@styled_figure
 def reconstruction(
     originals: ArrayLike,
     reconstructions: ArrayLike,
@@ -123,7 +98,7 @@ def reconstruction(
         classes: the name of each label; its number without them.
         columns: images per class (the first ones given); 4 by default, more where there are few classes.
     """
-    above, below = _images(originals, "originals"), _images(reconstructions, "reconstructions")
+    above, below = as_images(originals, "originals"), as_images(reconstructions, "reconstructions")
     if above.shape != below.shape:
         raise ValueError(f"originals {above.shape} and reconstructions {below.shape} differ in shape")
     if labels is None:
@@ -131,10 +106,10 @@ def reconstruction(
         per_band = math.ceil(shown / math.ceil(shown / 12))
         bands = [[("", np.arange(start, min(start + per_band, shown)))] for start in range(0, shown, per_band)]
     else:
-        groups = _groups(labels, len(above), classes)
+        groups = groups_of(labels, len(above), classes)
         each = columns or max(4, 12 // len(groups))
         per_band = math.ceil(len(groups) / math.ceil(len(groups) * each / 20))
-        named = [(_short(group.name, 18), group.members[:each]) for group in groups]
+        named = [(shorten(group.name, 18), group.members[:each]) for group in groups]
         bands = [named[start : start + per_band] for start in range(0, len(named), per_band)]
 
     # One unit is the height of an image.
@@ -143,7 +118,7 @@ def reconstruction(
     height = len(bands) * (header + 2 + gap) + apart * (len(bands) - 1)
     scale = min(10.4 / width, 1.6)
     room = max(width * scale, 4.0)
-    figure, axes = _canvas(room + 2.2, height * scale + 0.9)
+    figure, axes = new_axes(room + 2.2, height * scale + 0.9)
     ticks: list[float] = []
     for row, band in enumerate(bands):
         left, top = 0.0, row * (header + 2 + gap + apart) + header
@@ -152,35 +127,35 @@ def reconstruction(
             middle = left + (len(members) * (cell + gap) - gap) / 2
             axes.text(middle, top - 0.1, name, ha="center", va="bottom", weight="bold", size=14)
             for index in members:
-                _picture(axes, above[index], left, top, cell)
-                _picture(axes, below[index], left, top + 1 + gap, cell)
+                picture(axes, above[index], left, top, cell)
+                picture(axes, below[index], left, top + 1 + gap, cell)
                 left += cell + gap
             left += between - gap
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xticks=[])
     axes.set_yticks(ticks, ["test image", "reconstruction"] * len(bands))
-    _title(axes, room, title)
+    put_title(axes, room, title)
     return figure
 
 
-@_styled
+@styled_figure
 def generation(images: ArrayLike, title: str, subtitle: str = "", columns: int | None = None) -> Figure:
     """A grid of decoded prior samples, (n,C,H,W) in [0, 1], row by row; nearly square unless `columns` is given."""
-    shown = _images(images, "images")
+    shown = as_images(images, "images")
     cell, gap = shown.shape[3] / shown.shape[2], 0.06
     across = min(columns or math.ceil(math.sqrt(len(shown) / cell)), len(shown))
     width, height = across * (cell + gap) - gap, math.ceil(len(shown) / across) * (1 + gap) - gap
     scale = min(7.6 / max(width, height), 3.0)
     room = max(width * scale, 4.5)
-    figure, axes = _canvas(room + 0.4, height * scale + 1.15)
+    figure, axes = new_axes(room + 0.4, height * scale + 1.15)
     for index, image in enumerate(shown):
         row, column = divmod(index, across)
-        _picture(axes, image, column * (cell + gap), row * (1 + gap), cell)
+        picture(axes, image, column * (cell + gap), row * (1 + gap), cell)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xticks=[], yticks=[])
-    _title(axes, room, title, subtitle)
+    put_title(axes, room, title, subtitle)
     return figure
 
 
-@_styled
+@styled_figure
 def latent_space(
     codes: ArrayLike,
     labels: ArrayLike | None = None,
@@ -204,14 +179,14 @@ def latent_space(
         NonFiniteError: a code is not finite.
     """
     points = _codes(codes, "codes")
-    groups = _groups(labels, len(points), classes)
-    figure, axes = _canvas(8.0 + _legend_width(groups), 8.4)
-    _title(axes, 7.0, title, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits))
-    _legend(figure, groups)
+    groups = groups_of(labels, len(points), classes)
+    figure, axes = new_axes(8.0 + legend_width(groups), 8.4)
+    put_title(axes, 7.0, title, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits))
+    put_legend(figure, groups)
     return figure
 
 
-@_styled
+@styled_figure
 def latent_space_comparison(
     codes_a: ArrayLike,
     codes_b: ArrayLike,
@@ -230,11 +205,11 @@ def latent_space_comparison(
     both = _codes(codes_a, "codes_a"), _codes(codes_b, "codes_b")
     if len(both[0]) != len(both[1]):
         raise ValueError(f"codes_a and codes_b are of the same images: {len(both[0])} and {len(both[1])} codes given")
-    groups = _groups(labels, len(both[0]), classes)
+    groups = groups_of(labels, len(both[0]), classes)
     limits = _frame(np.concatenate(both), prior_sigmas)
-    figure = _figure(14 + _legend_width(groups), 8.1)
+    figure = new_figure(14 + legend_width(groups), 8.1)
     for axes, points, label in zip(figure.subplots(1, 2), both, (label_a, label_b), strict=True):
-        _title(axes, 6.7, label, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits), size=15)
+        put_title(axes, 6.7, label, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits), size=15)
         own, (left, right, bottom, _) = _frame(points, prior_sigmas), limits
         if right - left > 5 * (own[1] - own[0]):
             x, y = -left / (right - left), -bottom / (right - left)  # where the prior lies: the inset keeps clear of it
@@ -242,12 +217,12 @@ def latent_space_comparison(
             _scatter(inset, points, groups, prior_sigmas, axis_labels, own, small=True)
             times = 0.41 * (right - left) / (own[1] - own[0])
             inset.set_title(f"enlarged {times:,.0f} times", size=12, loc="center", pad=5)
-    _suptitle(figure, title)
-    _legend(figure, groups)
+    put_suptitle(figure, title)
+    put_legend(figure, groups)
     return figure
 
 
-@_styled
+@styled_figure
 def manifold(
     grids: Mapping[str, ArrayLike],
     quantiles: ArrayLike,
@@ -269,28 +244,28 @@ def manifold(
     ticks = np.linspace(0, n - 1, count).round().astype(int)
     values = [NormalDist().inv_cdf(float(levels[tick])) for tick in ticks]
     names = [f"{z:.2f}\n{100 * levels[tick]:.3g} %".replace("-", "−") for tick, z in zip(ticks, values, strict=True)]
-    figure = _figure(6.75 * len(grids), 7.4)
+    figure = new_figure(6.75 * len(grids), 7.4)
     for axes, (label, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
         cells = np.asarray(grid)
         if cells.ndim != 5 or cells.shape[:2] != (n, n):
             raise ValueError(f"grid '{label}': expected ({n},{n},C,H,W) for {n} quantiles, got {cells.shape}")
         channels, high, wide = cells.shape[2:]
-        cells = _images(cells.reshape(-1, channels, high, wide), f"grid '{label}'").reshape(cells.shape)
+        cells = as_images(cells.reshape(-1, channels, high, wide), f"grid '{label}'").reshape(cells.shape)
         sheet = cells[::-1].transpose(2, 0, 3, 1, 4).reshape(channels, n * high, n * wide)
         cell = high / wide
-        _picture(axes, sheet, 0, n * cell, n, -n * cell)
+        picture(axes, sheet, 0, n * cell, n, -n * cell)
         axes.set(xlim=(0, n), ylim=(0, n * cell), aspect="equal")
         axes.set_xticks(ticks + 0.5, names)
         axes.set_yticks((ticks + 0.5) * cell, names)
         axes.set_xlabel(f"{axis_labels[0]}: value, and quantile of the prior")
         axes.set_ylabel(f"{axis_labels[1]}: value, and quantile of the prior")
         axes.tick_params(length=4)
-        _title(axes, 5.8, label, size=15)
-    _suptitle(figure, title)
+        put_title(axes, 5.8, label, size=15)
+    put_suptitle(figure, title)
     return figure
 
 
-@_styled
+@styled_figure
 def training(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "Training") -> Figure:
     """Rate and distortion against training time, train (dashed) and test (solid).
 
@@ -298,7 +273,7 @@ def training(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = 
         histories: label -> records such as {"epoch": 1, "seconds": 3.2, "train": {"rate": 5.1, "distortion": 140.2},
             "test": {...}}. A value that is missing or not finite is a gap in its line.
     """
-    figure = _figure(13.5, 5.4 + 0.12 * len(histories))
+    figure = new_figure(13.5, 5.4 + 0.12 * len(histories))
     panels = figure.subplots(1, 2)
     legend: dict[str, Line2D] = {}
     for axes, quantity in zip(panels, ("rate", "distortion"), strict=True):
@@ -308,7 +283,7 @@ def training(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = 
             for part, line, fill in (("test", "-", color), ("train", "--", "white")):
                 values = [_number(record, part, quantity) for record in records]
                 seen += [value for value in values if math.isfinite(value)]
-                (legend[f"{_short(label, 30)}, {part}"],) = axes.plot(
+                (legend[f"{shorten(label, 30)}, {part}"],) = axes.plot(
                     [float(record["seconds"]) for record in records], values, line, color=color, lw=2.2,
                     marker=marker if part == "test" or len(values) == 1 else "", ms=6, mfc=fill,
                 )  # fmt: skip
@@ -323,63 +298,19 @@ def training(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = 
         axes.set_xlim(left=0)
         axes.set(xlabel="training time (s)", ylabel=f"nats per image{scale}", axisbelow=True)
         axes.grid(axis="y", color=PALE, lw=0.8)
-    _title(panels[0], 6.0, "Rate: KL(q(z|x) ‖ p(z))", size=15)
-    _title(panels[1], 6.0, "Distortion: −E log p(x|z)", size=15)
+    put_title(panels[0], 6.0, "Rate: KL(q(z|x) ‖ p(z))", size=15)
+    put_title(panels[1], 6.0, "Distortion: −E log p(x|z)", size=15)
     columns = max(1, min(len(legend), 4, int(12.5 / (0.9 + 0.11 * max(map(len, legend), default=0)))))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, handlelength=3)
-    _suptitle(figure, title)
+    put_suptitle(figure, title)
     return figure
-
-
-class _Group(NamedTuple):
-    """The images of one class: how it is called and drawn, and which they are."""
-
-    name: str
-    color: str
-    marker: str
-    members: Array
-
-
-def _groups(labels: ArrayLike | None, n: int, classes: Sequence[str] | None) -> list[_Group]:
-    """The classes that occur, in order; without labels one nameless group of everything."""
-    if labels is None:
-        return [_Group("", PALETTE[0], MARKERS[0], np.arange(n))]
-    given = np.asarray(labels)
-    if given.shape != (n,) or not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(f"labels: expected ({n},) integers, got {given.dtype} {given.shape}")
-    found = np.unique(given).tolist()
-    if classes is not None and not 0 <= found[0] <= found[-1] < len(classes):
-        raise ValueError(f"labels run from {found[0]} to {found[-1]}, but {len(classes)} classes are named")
-    groups = []
-    for place, label in enumerate(found):
-        turn, name = (place, label) if classes is None else (label, classes[label])  # a class keeps its colour
-        color, marker = PALETTE[turn % len(PALETTE)], MARKERS[turn // len(PALETTE) % len(MARKERS)]
-        groups.append(_Group(str(name), color, marker, np.flatnonzero(given == label)))
-    return groups
-
-
-def _images(images: ArrayLike, name: str) -> Array:
-    """`images` as (n,C,H,W) in [0, 1]; what lies outside is clipped, as an unbounded decoder's mean may."""
-    array = np.asarray(images)
-    if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape or array.dtype.kind != "f":
-        raise ValueError(f"{name}: expected floats (n,C,H,W) with C of 1 or 3, got {array.dtype} {array.shape}")
-    return np.clip(_finite(array, name), 0, 1)
 
 
 def _codes(codes: ArrayLike, name: str) -> Array:
     array = np.asarray(codes, dtype=float)
     if array.ndim != 2 or array.shape[1] != 2 or not len(array):
         raise ValueError(f"{name}: expected (N,2), got {array.shape}")
-    return _finite(array, name)
-
-
-def _finite(array: Array, name: str) -> Array:
-    if bad := array.size - int(np.isfinite(array).sum()):
-        raise NonFiniteError(
-            f"{name}: {bad:,} of {array.size:,} values are not finite, so there is nothing true to draw; "
-            "metrics.jsonl tells where the run left the finite numbers"
-        )
-    return array
+    return all_finite(array, name)
 
 
 def _number(record: Mapping[str, Any], part: str, quantity: str) -> float:
@@ -403,7 +334,7 @@ def _frame(points: Array, sigmas: Sequence[float]) -> Limits:
 def _scatter(
     axes: Axes,
     points: Array,
-    groups: Sequence[_Group],
+    groups: Sequence[Group],
     sigmas: Sequence[float],
     names: tuple[str, str],
     limits: Limits | None,
@@ -469,7 +400,7 @@ def _circles(axes: Axes, points: Array, sigmas: Sequence[float]) -> None:
         )  # fmt: skip
 
 
-def _medians(axes: Axes, points: Array, groups: Sequence[_Group]) -> None:
+def _medians(axes: Axes, points: Array, groups: Sequence[Group]) -> None:
     """Each class's name at its median, pushed apart where medians meet; none where nearly all of them would."""
     width = float(np.ptp(axes.get_xlim()))
     places = np.array([np.median(points[group.members], axis=0) for group in groups])
@@ -481,57 +412,4 @@ def _medians(axes: Axes, points: Array, groups: Sequence[_Group]) -> None:
         places += 0.5 * (np.maximum(0.045 * width / distance - 1, 0)[..., None] * apart).clip(-width, width).sum(1)
     for group, (x, y) in zip(groups, places, strict=True):
         style = {"weight": "bold", "size": 16, "ha": "center", "va": "center", "zorder": 5, "path_effects": HALO}
-        axes.text(x, y, _short(group.name, 12), clip_on=True, **style)
-
-
-def _legend_width(groups: Sequence[_Group]) -> float:
-    longest = min(max(len(group.name) for group in groups), 16)
-    return math.ceil(len(groups) / 20) * (0.7 + 0.11 * longest) if longest else 0.0
-
-
-def _legend(figure: Figure, groups: Sequence[_Group]) -> None:
-    if groups[0].name:
-        handles = [
-            Line2D([], [], ls="", marker=g.marker, color=g.color, ms=9, label=_short(g.name, 16)) for g in groups
-        ]
-        columns = math.ceil(len(groups) / 20)
-        figure.legend(handles=handles, loc="outside right center", ncols=columns, title="class")
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _figure(width, height)
-    return figure, figure.add_subplot()
-
-
-def _picture(axes: Axes, image: Array, left: float, top: float, width: float, height: float = 1.0) -> None:
-    """One image (C,H,W) with its upper left corner at (left, top), in axes that grow downwards."""
-    pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-    extent = (left, left + width, top + height, top)
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-
-
-def _title(axes: Axes, inches: float, title: str, subtitle: str = "", size: float = 18) -> None:
-    """A bold title over a lighter subtitle, flush with the left edge of the axes and wrapped to `inches`."""
-    small = textwrap.fill(subtitle, int(inches * 9.5)) if subtitle else ""
-    axes.set_title(small, size=12, color=GREY, pad=8)
-    lift = 12 + 15 * (small.count("\n") + 1 if small else 0)
-    text = textwrap.fill(title, int(inches * 100 / size))
-    axes.annotate(text, (0, 1), (0, lift), "axes fraction", "offset points", size=size, weight="bold", va="bottom")
-    axes.set_anchor("W")
-
-
-def _suptitle(figure: Figure, title: str) -> None:
-    width = int(figure.get_size_inches()[0] * 6.2)
-    figure.suptitle(textwrap.fill(title, width), x=0.012, ha="left", size=17, weight="bold")
-
-
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+        axes.text(x, y, shorten(group.name, 12), clip_on=True, **style)
