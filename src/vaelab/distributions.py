@@ -43,10 +43,21 @@ class Distribution(ABC):
         rows = [self.log_prob(value.unsqueeze(0))[0] for value in values]
         return torch.stack(rows, 1)
 
+    def select(self, index: slice) -> Self:
+        """The distributions of some indices of the last batch axis: (1, G, *event) to (1, len(index), *event)."""
+        parts = {name: t for name, t in self._tensors().items() if t.dim() > self._event_dim()}
+        return replace(self, **{name: t[..., index, *[slice(None)] * self._event_dim()] for name, t in parts.items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _event_dim(self) -> int:
+        return getattr(self, "event_dim", 1)
+
     def detach(self) -> Self:
         """The same distribution with its parameters stopped."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t.detach() for name, t in tensors.items() if isinstance(t, Tensor)})
+        return replace(self, **{name: t.detach() for name, t in self._tensors().items()})
 
 
 def sum_event(elements: Tensor, event_dim: int) -> Tensor:

@@ -36,9 +36,9 @@ class Classifier(nn.Module):
         self.shape, self.classes = shape, classes
         side = math.ceil(math.ceil(height / 2) / 2) * math.ceil(math.ceil(width / 2) / 2)
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 32, 5, stride=2, padding=2), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-            nn.Linear(64 * side, 128), nn.ReLU(),
+            nn.Conv2d(channels, 16, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(32 * side, 128), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(128, classes)
 
@@ -97,21 +97,21 @@ def train_classifier(
 
     Args:
         data: must have labels.
-        epochs: passes over images; more are made where there are few images, so that at least 1,500 steps are taken.
+        epochs: passes over images; more are made where there are few images, so that at least 900 steps are taken.
         seed: the root of all randomness.
         on_progress: called with the fraction done.
     """
     labels = torch.from_numpy(data.train.labels)
     pixels = torch.from_numpy(data.train.pixels)
-    batch = 128
-    epochs = max(epochs, math.ceil(1500 / math.ceil(len(pixels) / batch)))
+    batch = 256
+    epochs = max(epochs, math.ceil(900 / math.ceil(len(pixels) / batch)))
     steps = epochs * math.ceil(len(pixels) / batch)
     precision = choose("auto", torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "classifier"))
         model = Classifier(data.shape, _classes(data))
-    model = model.to(memory_format=torch.channels_last)
-    peak = 2e-3
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    peak = 3e-3
     optimiser = torch.optim.Adam(model.parameters(), peak, fused=True)
     step = 0
     for epoch in range(epochs):
@@ -147,6 +147,7 @@ def legibility(model: Classifier, images: Tensor) -> Legibility:
 
 
 def _classes(data: Dataset) -> int:
+    assert data.train.labels is not None and data.test.labels is not None
     return int(max(data.train.labels.max(), data.test.labels.max())) + 1
 
 

@@ -9,13 +9,12 @@ kernel instead of a dispatch for each layer. And in bfloat16 training the weight
 bfloat16 copies, renewed once after each update, instead of being cast by autocast in every forward pass.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-from vaelab.nn.mlp import ExactLinear
 
 _CASTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
@@ -51,6 +50,7 @@ class Optimiser:
         self.lr, self.schedule, self.steps, self.clip, self.average = lr, schedule, steps, clip, average
         matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 32}
         muon = matrices if name == "muon" else set()
+        cast = _castable(model) if bfloat16 else set()
         trained = [p for p in model.parameters() if p.requires_grad]
         self.parameters = sorted(trained, key=lambda p: id(p) in muon)  # Adam's part of the flat tensor comes first
         self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
@@ -58,9 +58,10 @@ class Optimiser:
         self.weights, self.gradients = self._views(self.master), self._views(self.gradient)
         self.averaged = self.master.clone() if average else None
 
-        cast = _castable(model) if bfloat16 else set()
         self.copies = [(p, w, g) for p, w, g in zip(self.parameters, self.weights, self.gradients, strict=True)
                        if id(p) in cast]  # fmt: skip
+        copied = {id(p) for p, _, _ in self.copies}
+        self.accumulated = [g for p, g in zip(self.parameters, self.gradients, strict=True) if id(p) not in copied]
         self._bind()
 
         rest = sum(p.numel() for p in self.parameters if id(p) not in muon)
@@ -79,18 +80,19 @@ class Optimiser:
     def step(self, step: int) -> float:
         """One update from the parameters' gradients, which are cleared; returns the gradient's norm before clipping."""
         if self.copies:
-            have = [(g, p.grad) for p, _, g in self.copies if p.grad is not None]
-            torch._foreach_copy_([g for g, _ in have], [grad for _, grad in have])
-        norm = float(torch.linalg.vector_norm(self.gradient))
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p, _, _ in self.copies]
+            torch._foreach_copy_([g for _, _, g in self.copies], grads)  # type: ignore[attr-defined]
+        norm = math.sqrt(float(torch.dot(self.gradient, self.gradient)))
         if 0 < self.clip < norm:
             self.gradient.mul_(self.clip / norm)
         for member in self.members:
             for group in member.param_groups:
                 group["lr"] = self.lr * self.schedule(step / self.steps)
             member.step()
-        self.gradient.zero_()
+        for own in self.accumulated:
+            own.zero_()
         if self.copies:
-            torch._foreach_copy_([p for p, _, _ in self.copies], [w for _, w, _ in self.copies])
+            torch._foreach_copy_([p for p, _, _ in self.copies], [w for _, w, _ in self.copies])  # type: ignore[attr-defined]
             for p, _, _ in self.copies:
                 p.grad = None
         if self.averaged is not None:
@@ -131,6 +133,6 @@ class Optimiser:
 
 
 def _castable(model: nn.Module) -> set[int]:
-    """Weights whose layer autocast would run in bfloat16 and that nothing else reads."""
-    layers = [m for m in model.modules() if isinstance(m, _CASTABLE) and not isinstance(m, ExactLinear)]
-    return {id(m.weight) for m in layers if type(m) in _CASTABLE}
+    """Weights and biases of the layers that autocast would run in bfloat16: those exact classes, no subclass."""
+    layers = [m for m in model.modules() if type(m) in _CASTABLE]
+    return {id(p) for m in layers for p in m.parameters()}

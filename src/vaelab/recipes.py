@@ -19,8 +19,10 @@ Shape = tuple[int, ...]
 FIELDS: dict[str, str] = {
     "data": "mnist, digits, a folder of images in class sub-folders, or an .npz file.",
     "protocol": "How pixels are read: dynamic, threshold or grey.",
+    "frequency": "Typical frequency of those sines, in radians per unit of z.",
     "latent_dim": "Dimensions of z.",
-    "hidden": "Widths of the encoder's hidden layers; the decoder's mirror them.",
+    "hidden": "Widths of the encoder's hidden layers; without --decoder they are mirrored there.",
+    "decoder": "Widths of the decoder's hidden layers.",
     "activation": "Between the layers: relu, silu, gelu, tanh, elu, leaky-relu.",
     "beta": "Weight of the KL term; 0 removes it.",
     "epochs": "Passes over the training images.",
@@ -149,14 +151,16 @@ def mnist_2d(
     protocol: str = "dynamic",
     latent_dim: int = 2,
     hidden: tuple[int, ...] = (512, 512),
+    decoder: tuple[int, ...] = (512, 512, 512),
     frequencies: int = 128,
+    frequency: float = 0.5,
     activation: str = "silu",
     beta: float = 1.0,
-    epochs: int = 15,
+    epochs: int = 12,
     batch_size: int = 256,
     k: int = 1,
     optimiser: str = "adam",
-    lr: float = 3e-3,
+    lr: float = 4e-3,
     schedule: str = "warm-cosine",
     clip: float = 200.0,
     average: float = 0.0,
@@ -166,7 +170,7 @@ def mnist_2d(
     """The lab's model: two latent dimensions, on binary pixels, so that its likelihood can be computed exactly."""
     return Recipe(
         "mnist-2d", data, protocol,
-        dense_vae(shape, latent_dim, hidden, hidden[::-1], activation, protocol, frequencies),
+        dense_vae(shape, latent_dim, hidden, decoder, activation, protocol, frequencies, frequency),
         _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, clip, average, precision), seed,
     )  # fmt: skip
 
@@ -179,16 +183,19 @@ def dense_vae(
     activation: str,
     protocol: str,
     frequencies: int = 0,
+    frequency: float = 1.0,
 ) -> Spec:
     """The spec of a VAE of dense layers: Gaussian posterior, standard normal prior, Bernoulli pixels."""
     _at_least_one("latent_dim", latent_dim)
     if not encoder or not decoder:
-        raise UsageError("hidden is empty: give the width of at least one hidden layer, as in --hidden 400")
+        raise UsageError("hidden or decoder is empty: give the width of at least one hidden layer, as in --hidden 400")
     for width in (*encoder, *decoder):
         _at_least_one("hidden", width)
     if frequencies < 0:
         raise UsageError(f"frequencies is {frequencies}: expected 0 (none) or more")
-    sines = {"frequencies": frequencies} if frequencies else {}
+    if not (math.isfinite(frequency) and frequency > 0):
+        raise UsageError(f"frequency is {frequency}: expected a finite number above 0")
+    sines = {"frequencies": frequencies, "scale": frequency} if frequencies else {}
     grey = protocol == "grey"
     return spec(
         "VAE",

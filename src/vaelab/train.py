@@ -119,7 +119,7 @@ def fit(
             noise = stream(seed, "noise", step, device=device)
             x = protocol.training_batch(pixels[batch], noise)
             with precision.autocast(device):
-                trace = model.trace(x, k=training.k, generator=noise)
+                trace: Trace = model.trace(x, k=training.k, generator=noise)  # type: ignore[operator]
             loss = objective(trace, step).loss
             loss.backward()
             if not math.isfinite(loss.item()):

@@ -1,0 +1,5 @@
+"""Networks: tensors to tensors."""
+
+from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
+
+__all__ = ["MLP", "ExactLinear", "FourierMLP"]

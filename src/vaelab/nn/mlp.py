@@ -1,5 +1,6 @@
 """Dense networks: tensors to tensors, of any depth."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -60,7 +61,7 @@ class MLP(nn.Module):
         exact = len(self.in_shape) == 1 if exact_input is None else exact_input
         widths = [math.prod(in_shape), *hidden, math.prod(out_shape)]
         layers: list[nn.Module] = []
-        for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
             layers.append(ExactLinear(n_in, n_out) if i == 0 and exact else nn.Linear(n_in, n_out))
             if i < len(hidden) or out_activation:
                 layers.append(ACTIVATIONS[activation]())

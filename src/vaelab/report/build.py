@@ -52,7 +52,11 @@ def aggregate(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
             found = [q[key].mean for q in runs]
             numbers = np.array([x for x in found if x is not None])
             if len(numbers) < len(runs):
-                entry: dict[str, Any] = {"mean": None, "se": None, "reason": next(q[key].reason for q in runs if q[key].reason)}
+                entry: dict[str, Any] = {
+                    "mean": None,
+                    "se": None,
+                    "reason": next(q[key].reason for q in runs if q[key].reason),
+                }
             else:
                 se = float(numbers.std(ddof=1) / math.sqrt(len(numbers))) if len(numbers) > 1 else None
                 entry = {"mean": float(numbers.mean()), "se": se}
@@ -156,13 +160,19 @@ def write(
         "n_seeds": max(sum(cell.arm == arm for cell in cells) for arm in arms),
         "arms": [
             {
-                "key": arm.key, "label": arm.label, "description": arm.description,
+                "key": arm.key,
+                "label": arm.label,
+                "description": arm.description,
                 "runs": [_relative(cell.run.path, folder) for cell in cells if cell.arm == arm],
             }
             for arm in arms
-        ],  # fmt: skip
-        "metrics": [m for m in METRICS if m["key"] in values and any(e.get("mean") is not None or m["section"] != "Bound"
-                                                                    for e in values[m["key"]].values())],
+        ],
+        "metrics": [
+            m
+            for m in METRICS
+            if m["key"] in values
+            and any(e.get("mean") is not None or m["section"] != "Bound" for e in values[m["key"]].values())
+        ],
         "values": values,
         "observations": observations,
         "figures": drawn,
@@ -175,7 +185,7 @@ def write(
         },
         "environment": environment(),
         "command": environment()["command"],
-    }  # fmt: skip
+    }
     page.write_report(folder, report)
     return report
 

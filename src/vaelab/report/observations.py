@@ -3,6 +3,7 @@
 Each function says what its numbers say, whichever way they went, and returns None where one of them is missing.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,9 +99,7 @@ def _neighbours(v: _Numbers) -> str | None:
     if not v.has(("knn_accuracy", "kl"), ("knn_accuracy", "no_kl")):
         return None
     difference = v.mean("knn_accuracy", "no_kl") - v.mean("knn_accuracy", "kl")  # type: ignore[operator]
-    verdict = (
-        "about as well" if abs(difference) < 0.02 else "better" if difference > 0 else "less well"
-    )
+    verdict = "about as well" if abs(difference) < 0.02 else "better" if difference > 0 else "less well"
     return (
         f"The codes without KL tell the classes apart {verdict}: the five nearest training codes name the right class for "
         f"{v.percent('knn_accuracy', 'no_kl')} of the test images, against {v.percent('knn_accuracy', 'kl')} with KL."
@@ -110,28 +109,37 @@ def _neighbours(v: _Numbers) -> str | None:
 def _generation(v: _Numbers, classes: int) -> str | None:
     if not v.has(("legible", "kl"), ("legible", "no_kl"), ("class_entropy", "kl"), ("class_entropy", "no_kl")):
         return None
-    import math
-
-    fails = v.mean("legible", "no_kl") < 0.8 * v.mean("legible", "kl")  # type: ignore[operator]
-    verdict = "Generation fails without KL" if fails else "Generation does not fail in this run"
+    illegible = v.mean("legible", "no_kl") < 0.8 * v.mean("legible", "kl")  # type: ignore[operator]
+    drawn = {arm: math.exp(v.mean("class_entropy", arm)) for arm in ("kl", "no_kl")}  # type: ignore[arg-type]
+    missing = drawn["no_kl"] < 0.8 * drawn["kl"]
+    verdict = {
+        (True, True): "Generation fails without KL, in legibility and in variety",
+        (True, False): "Generation fails without KL: fewer samples can be read",
+        (False, True): "Generation fails without KL, not in legibility but in variety: whole classes go missing",
+        (False, False): "Generation does not fail in this run",
+    }[illegible, missing]
     return (
-        f"{verdict}: of the samples decoded from the prior the classifier reads {v.percent('legible', 'kl')} with "
+        f"{verdict}. Of the samples decoded from the prior the classifier reads {v.percent('legible', 'kl')} with "
         f"probability above 0.9 with KL and {v.percent('legible', 'no_kl')} without; the entropy of the classes read is "
-        f"{v.text('class_entropy', 'kl')} and {v.text('class_entropy', 'no_kl')} of at most {math.log(classes):.2f} nats."
+        f"{v.text('class_entropy', 'kl')} and {v.text('class_entropy', 'no_kl')} of at most {math.log(classes):.2f} nats, "
+        f"as of {drawn['kl']:.1f} and {drawn['no_kl']:.1f} equally frequent classes out of {classes}."
     )
 
 
 def _fitted(v: _Numbers) -> str | None:
-    if not v.has(("legible", "no_kl"), ("legible_fitted", "no_kl"), ("legible", "kl")):
+    if not v.has(("legible", "no_kl"), ("legible_fitted", "no_kl"), ("class_entropy_fitted", "no_kl")):
         return None
-    prior, fitted = v.mean("legible", "no_kl"), v.mean("legible_fitted", "no_kl")
-    if fitted > prior + 0.05:  # type: ignore[operator]
+    legible = v.mean("legible_fitted", "no_kl") - v.mean("legible", "no_kl")  # type: ignore[operator]
+    variety = v.mean("class_entropy_fitted", "no_kl") - v.mean("class_entropy", "no_kl")  # type: ignore[operator]
+    if (legible > 0.05 and variety > -0.1) or (variety > 0.1 and legible > -0.05):
         lesson = "what was lost is the match between codes and prior, more than the decoder"
     else:
-        lesson = "in this run a Gaussian does not describe the codes any better than the prior does"
+        lesson = "in this run a Gaussian does not describe the codes better than the prior does"
     return (
-        f"Drawing the same decoder's codes from a Gaussian fitted to its own codes makes {v.percent('legible_fitted', 'no_kl')} "
-        f"of the samples legible, against {v.percent('legible', 'no_kl')} from the prior: {lesson}."
+        f"Drawing the same decoder's codes from a Gaussian fitted to its own codes makes "
+        f"{v.percent('legible_fitted', 'no_kl')} of the samples legible (from the prior {v.percent('legible', 'no_kl')}), "
+        f"with a class entropy of {v.text('class_entropy_fitted', 'no_kl')} nats (from the prior "
+        f"{v.text('class_entropy', 'no_kl')}): {lesson}."
     )
 
 

@@ -1,0 +1,59 @@
+"""Help: an example in each command's, and no torch behind any of it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = [
+    (), ("study",), ("study", "removing-kl"), ("train",), ("train", "mnist"), ("train", "mnist-2d"), ("evaluate",),
+    ("sample",), ("report",), ("recipes",), ("studies",), ("data",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_help_has_an_example(vaelab, command):
+    result = vaelab(*command, "--help").ok()
+    assert f"Example: vaelab {' '.join(command)}".strip() in result.out
+    assert "Usage: vaelab" in result.out and result.err == ""
+
+
+def test_help_of_a_recipe_offers_every_field_with_its_default(vaelab):
+    from vaelab.recipes import RECIPES
+
+    for name, function in RECIPES.items():
+        out = vaelab("train", name, "--help").out
+        assert not [field for field in function.__kwdefaults__ if f"--{field.replace('_', '-')}" not in out]
+        assert f"[default: {function.__kwdefaults__['lr']}]" in " ".join(out.replace("│", " ").split())
+
+
+def test_neither_help_nor_a_wrong_value_imports_torch():
+    """In a fresh interpreter, for every command that need not compute."""
+    source = f"""
+import json, sys, contextlib, io
+from vaelab.cli import run
+heavy = {{}}
+for command in {[list(c) for c in COMMANDS]!r}:
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = run([*command, "--help"])
+    heavy[" ".join(command)] = [code, [m for m in ("torch", "sklearn", "matplotlib", "scipy") if m in sys.modules]]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    codes = [run(["recipes"]), run(["studies"]), run(["data"]), run(["train", "mnist", "--lr", "nan"])]
+heavy["tables"] = [max(codes[:3]), [m for m in ("torch", "sklearn", "matplotlib") if m in sys.modules]]
+heavy["wrong"] = [codes[3] - 2, []]
+print(json.dumps(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert len(found) == len(COMMANDS) + 2
+    assert found == {command: [0, []] for command in found}
+
+
+def test_the_installed_program_answers(installed):
+    import vaelab
+
+    assert "vaelab study removing-kl" in installed("--help").ok().out
+    assert installed("--version").ok().out.strip() == vaelab.__version__
+    failed = installed("train", "mnits")
+    assert (failed.code, failed.out) == (2, "") and "Did you mean" in failed.err
