@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from vaelab.data.datasets import Dataset, Images
     from vaelab.data.datasets import load as load_data
     from vaelab.data.protocol import protocol
-    from vaelab.evaluate import evaluate, importance_sampled
+    from vaelab.evaluation import evaluate, importance_sampled
     from vaelab.models.vae import VAE
     from vaelab.objectives import ELBO
     from vaelab.quadrature import log_likelihood
     from vaelab.recipes import Recipe, Training, recipe
     from vaelab.run import Run
-    from vaelab.train import fit, train
+    from vaelab.training import fit, train
 
 _NAMES = {
     "Dataset": "vaelab.data.datasets:Dataset",
@@ -35,9 +35,9 @@ _NAMES = {
     "Run": "vaelab.run:Run",
     "Training": "vaelab.recipes:Training",
     "VAE": "vaelab.models.vae:VAE",
-    "evaluate": "vaelab.evaluate:evaluate",
-    "fit": "vaelab.train:fit",
-    "importance_sampled": "vaelab.evaluate:importance_sampled",
+    "evaluate": "vaelab.evaluation:evaluate",
+    "fit": "vaelab.training:fit",
+    "importance_sampled": "vaelab.evaluation:importance_sampled",
     "likelihoods": "vaelab.likelihoods",
     "load_data": "vaelab.data.datasets:load",
     "log_likelihood": "vaelab.quadrature:log_likelihood",
@@ -48,7 +48,7 @@ _NAMES = {
     "protocol": "vaelab.data.protocol:protocol",
     "recipe": "vaelab.recipes:recipe",
     "schedules": "vaelab.schedules",
-    "train": "vaelab.train:train",
+    "train": "vaelab.training:train",
 }
 
 __all__ = [

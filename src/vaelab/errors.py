@@ -59,8 +59,13 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
 
 
 class Interrupted(VaelabError):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and stopped after a whole step."""
+    """The user asked to stop (Ctrl-C, SIGTERM); training stops after a whole step.
 
-    def __init__(self, reason: str, step: int, steps: int) -> None:
-        super().__init__(f"interrupted by {reason} after step {step} of {steps}")
+    Args:
+        reason: the signal.
+        where: what was reached.
+    """
+
+    def __init__(self, reason: str, where: str) -> None:
+        super().__init__(f"interrupted by {reason} {where}")
         self.exit_code = 143 if reason == "SIGTERM" else 130

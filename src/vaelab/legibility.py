@@ -74,7 +74,8 @@ def classifier_for(
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     path = cache_dir() / "classifiers" / f"{data.fingerprint}-{source}.safetensors"
     if path.is_file():
-        model = Classifier(data.shape, _classes(data))
+        with torch.random.fork_rng(devices=[]):
+            model = Classifier(data.shape, _classes(data))
         try:
             load_model(model, str(path))
             return model.eval(), accuracy(model, data)

@@ -28,11 +28,13 @@ from torch import Tensor
 from vaelab.distributions import Distribution
 from vaelab.errors import UsageError
 from vaelab.models.vae import VAE
-from vaelab.train import evaluating
+from vaelab.training import evaluating
 
 POINTS = 8
 MARGINS = (40.0, 25.0, 15.0)
 """How far below an image's total (nats) a tile may lie and still be split for it: wide while the grid is coarse."""
+LOOK = 7.0
+"""A tile within so many nats of an image's total is split at least twice for it, whatever the first split changed."""
 TOGETHER = 16
 """Split tiles whose nodes are decoded in one go."""
 BEYOND = 15.0
@@ -239,8 +241,8 @@ class _Integral:
         again = []
         for centres, images, parts, change in found:
             coarse = change > self.tolerance * total[images]
-            if level == 1 and self.max_levels > 1:  # one look closer wherever it may matter at all
-                coarse |= np.logaddexp.reduce(parts, 0) > log_total[images] - 7
+            if level == 1:
+                coarse |= np.logaddexp.reduce(parts, 0) > log_total[images] - LOOK
             error[images[~coarse]] += change[~coarse]
             for centre, part in zip(centres, parts, strict=True):
                 again.append(

@@ -54,7 +54,7 @@ def build(value: Any) -> Any:
         arguments = {key: build(item) for key, item in value.items() if key != "class"}
         try:
             inspect.signature(cls).bind(**arguments)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise RunError(f"'{value['class']}' cannot be built from this configuration: {error}") from None
         return cls(**arguments)
     if isinstance(value, list | tuple):
@@ -93,7 +93,7 @@ def name_of(cls: type) -> str:
     names = [name for name, target in COMPONENTS.items() if target == path]
     if names:
         return names[0]
-    if dataclasses.is_dataclass(cls) or "<locals>" not in path:
+    if "<locals>" not in path:
         return path
     raise UsageError(f"{cls.__qualname__} is defined inside a function: move it to a module so that a run can name it")
 
@@ -119,8 +119,12 @@ def _resolve(name: Any) -> type:
         cls: Any = importlib.import_module(module)
         for part in attribute.split("."):
             cls = getattr(cls, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise RunError(f"cannot import '{path}', which this run was made with: {error}; install or add it") from None
+    from torch import nn
+
     if not isinstance(cls, type):
         raise RunError(f"'{path}' is not a class")
+    if not (issubclass(cls, nn.Module) or dataclasses.is_dataclass(cls)):
+        raise RunError(f"'{path}' is neither a torch module nor a dataclass: it is not built")
     return cls

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vaelab import __version__
-from vaelab.errors import RunError, UsageError
+from vaelab.errors import RunError, UsageError, VaelabError
 from vaelab.recipes import Recipe
 from vaelab.registry import build
 
@@ -89,16 +89,24 @@ class Run:
             raise RunError(
                 f"'{self.path}' has format {version} and this version of vaelab reads {FORMAT}: install a newer vaelab"
             )
-        return Recipe.from_dict(data)
+        try:
+            return Recipe.from_dict(data)
+        except (VaelabError, TypeError, AttributeError) as error:
+            raise RunError(f"'{self.config}' is damaged or of another version: {error}") from None
 
     def model(self, device: "torch.device | str" = "cpu") -> "VAE":
         """The trained model, in evaluation mode. Raises RunError where it is missing or does not fit."""
         import safetensors.torch
+        import torch
         from safetensors import SafetensorError
 
         if not self.weights.is_file():
             raise RunError(f"'{self.path}' has no model.safetensors: its training has not finished")
-        model = build(self.recipe().model)
+        try:
+            with torch.random.fork_rng(devices=[]):  # building draws first weights: not from the user's generator
+                model = build(self.recipe().model)
+        except (VaelabError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"the model in '{self.config}' cannot be built: {error}") from None
         try:
             safetensors.torch.load_model(model, str(self.weights))
         except (SafetensorError, RuntimeError, OSError) as error:
@@ -153,6 +161,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors leaves 0600
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaelab.errors import UsageError, unknown_name
+from vaelab.errors import Interrupted, UsageError, unknown_name
 from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]
 """Opens a line of progress: the label goes in, and what comes out is called with the fraction done and a text."""
 
+IS_IMAGES = 250
+"""Test images that a study importance-samples, beside the exact value for all."""
 MIN_STEPS = 2500
 """Small data sets get enough epochs for this many steps, unless the epochs are given."""
 
@@ -108,21 +110,24 @@ def run_study(
         overwrite: remove what an earlier study left in the folder.
         device: where to train.
         stage: shows progress.
-        stop: asked after each training step, see `vaelab.train.fit`.
+        stop: asked after each training step, see `vaelab.training.fit`.
 
     Raises:
         UsageError: the folder holds something else, or a study with other settings.
     """
     from vaelab.data.protocol import protocol
-    from vaelab.evaluate import evaluate
+    from vaelab.evaluation import evaluate
     from vaelab.legibility import classifier_for
     from vaelab.report import build, observations
     from vaelab.report.build import Arm, Cell
     from vaelab.run import write_json
+    from vaelab.training import check_recipe
 
     chosen = study(name)
     settings = {"study": name, "recipes": {arm: [r.to_dict() for r in rs] for arm, rs in recipes.items()}}
     settings["data_fingerprint"] = data.fingerprint
+    for seeds in recipes.values():
+        check_recipe(seeds[0], data)
     _claim(folder, settings, overwrite)
     arms = {key: Arm(key, label, description) for key, (label, description, _) in chosen.arms.items()}
     with stage("train the classifier that reads the samples") as update:
@@ -135,10 +140,16 @@ def run_study(
             run = _trained(folder, arm, wanted, data, device, stage, stop)
             model = run.model(device)
             with stage(f"evaluate {arm.label}, seed {wanted.seed}") as update:
+
+                def show(label: str, done: float) -> None:
+                    _go_on(stop)
+                    update(done, label)
+
                 evaluation = evaluate(
-                    model, data, protocol(wanted.protocol), classifier=classifier,
-                    on_progress=lambda label, done: update(done, label),
+                    model, data, protocol(wanted.protocol), classifier=classifier, is_images=IS_IMAGES,
+                    on_progress=show,
                 )  # fmt: skip
+            _go_on(stop)
             write_json(run.path / "evaluation.json", evaluation.to_dict())
             cells.append(Cell(arm, run, model, evaluation))
     with stage("figures and report") as update:
@@ -161,6 +172,13 @@ def run_study(
         )  # fmt: skip
 
 
+def _go_on(stop: Callable[[], str | None]) -> None:
+    if reason := stop():
+        raise Interrupted(
+            reason, "during evaluation; the trained runs are kept, and the same command goes on from them"
+        )
+
+
 def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the study's folder, or accept the one that is there."""
     import shutil
@@ -177,11 +195,12 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
                 f"'{folder}' holds a study with other settings or of another version of the code: choose another --out, "
                 "or --overwrite to replace it"
             )
-        for part in (*(folder / n for n in ("study.json", "report.json", "report.html")),):
-            part.unlink(missing_ok=True)
+        for part in ("study.json", "report.json", "report.html"):
+            (folder / part).unlink(missing_ok=True)
         for part in ("images", "runs"):
             shutil.rmtree(folder / part, ignore_errors=True)
-    claim_folder(folder)
+    else:
+        claim_folder(folder)
     write_json(marker, written)
 
 
@@ -192,7 +211,7 @@ def _trained(
     import shutil
 
     from vaelab.run import Run
-    from vaelab.train import Progress, train
+    from vaelab.training import Progress, text_of, train
 
     path = folder / "runs" / f"{arm.key}-seed{wanted.seed}"
     label = f"train {arm.label}, seed {wanted.seed}"
@@ -209,6 +228,5 @@ def _trained(
             update(p.step / p.steps, p.text())
 
         run = train(wanted, data, path, device=device, on_progress=show, stop=stop)
-        last = run.history()[-1]
-        update(1.0, f"rate {last['test']['rate']:.2f}  distortion {last['test']['distortion']:.2f} nats (test)")
+        update(1.0, f"{text_of(run.history()[-1]['test'])} (test)")
     return run

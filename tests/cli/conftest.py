@@ -14,7 +14,8 @@ import torch
 from vaelab.cli import run as run_command
 
 TINY = ("--data", "digits", "--epochs", "1", "--hidden", "16")
-STUDY = ("study", "removing-kl", "--data", "digits", "--epochs", "2", "--hidden", "16", "16", "--frequencies", "8")
+STUDY = ("study", "removing-kl", "--data", "digits", "--epochs", "2", "--hidden", "16", "16",
+         "--decoder", "16", "16", "--frequencies", "8")  # fmt: skip
 DRAWN = ("reconstruction", "training", "latent_space_comparison", "latent_space_no_kl", "generation_no_kl",
          "generation_no_kl_fitted")  # fmt: skip
 
@@ -93,7 +94,7 @@ def _quietly(*arguments: str) -> None:
 def run_folder(tmp_path_factory, cache) -> Path:
     """A run of `mnist-2d` on the digits; tests must not change it."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    _quietly("train", "mnist-2d", *TINY, "--frequencies", "4", "--out", str(path))
+    _quietly("train", "mnist-2d", *TINY, "--decoder", "16", "--out", str(path))
     return path
 
 
@@ -115,12 +116,12 @@ def study_folder(tmp_path_factory, cache) -> Path:
 
 def _fewer_samples(patch: pytest.MonkeyPatch) -> None:
     """A twentieth of the samples, and figures at a quarter of their resolution."""
-    from vaelab import evaluate
+    from vaelab import evaluation
     from vaelab.report import figures
 
     patch.setattr(figures.save, "__defaults__", (40,))
-    patch.setitem(evaluate.evaluate.__kwdefaults__, "k", 50)
-    patch.setitem(evaluate.evaluate.__kwdefaults__, "samples", 500)
+    patch.setitem(evaluation.evaluate.__kwdefaults__, "k", 50)
+    patch.setitem(evaluation.evaluate.__kwdefaults__, "samples", 500)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ IMAGES = np.random.default_rng(0).random((40, 6, 6)).astype(np.float32)
 BAD = {
     "no images": {"weights": IMAGES},
     "wrong rank": {"images": IMAGES[0, 0]},
-    "not a number": {"images": np.where(IMAGES == IMAGES[3, 3, 3], np.nan, IMAGES)},
+    "not a number": {"images": np.where(IMAGES[3, 3, 3] == IMAGES, np.nan, IMAGES)},
     "labels of another length": {"images": IMAGES, "labels": np.zeros(7, int)},
     "one image": {"images": IMAGES[:1]},
 }
@@ -76,7 +76,22 @@ def test_a_truncated_npz_and_a_path_that_is_not_there(vaelab, tmp_path):
 def test_data_that_changed_since_training(vaelab, tmp_path):
     path, out = tmp_path / "mine.npz", tmp_path / "run"
     np.savez(path, images=IMAGES)
-    vaelab("train", "mnist-2d", "--data", path, "--epochs", 1, "--hidden", 8, "--batch-size", 10, "--out", out).ok()
+    vaelab(
+        "train",
+        "mnist-2d",
+        "--data",
+        path,
+        "--epochs",
+        1,
+        "--hidden",
+        8,
+        "--decoder",
+        8,
+        "--batch-size",
+        10,
+        "--out",
+        out,
+    ).ok()
     np.savez(path, images=1 - IMAGES)
     before = sorted(one.name for one in out.iterdir())
     for command in ("evaluate", "report"):

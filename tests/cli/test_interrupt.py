@@ -27,7 +27,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def trainings(program, tmp_path):
     """For each signal a training that has many epochs before it, in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = ("--data", "digits", "--epochs", "100000", "--hidden", "16", "--out")
+    options = ("--data", "digits", "--epochs", "100000", "--hidden", "16", "--decoder", "16", "--out")
     processes = {
         number: subprocess.Popen(
             [program, "train", "mnist-2d", *options, str(tmp_path / number.name)],

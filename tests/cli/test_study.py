@@ -13,7 +13,8 @@ FIGURES = ("reconstruction", "generation", "generation_no_kl", "latent_space", "
            "latent_space_comparison", "manifold", "training")  # fmt: skip
 QUANTITIES = ("elbo", "rate", "distortion", "nll", "nll_error", "nll_is", "code_mean", "code_std", "sigma",
               "outside_prior", "knn_accuracy", "legible", "class_entropy", "legible_fitted")  # fmt: skip
-TINY = ("study", "removing-kl", "--data", "digits", "--epochs", "1", "--hidden", "16", "--frequencies", "4", "--quiet")
+TINY = ("study", "removing-kl", "--data", "digits", "--epochs", "1", "--hidden", "16", "--decoder", "16",
+        "--frequencies", "4", "--quiet")  # fmt: skip
 
 
 def report_of(folder: Path) -> dict:

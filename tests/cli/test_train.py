@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from vaelab.run import Run
 
@@ -35,34 +36,34 @@ def test_fields_reach_the_run(vaelab, tmp_path):
 def test_without_a_name_the_next_free_one_is_taken(vaelab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        vaelab("train", "mnist-2d", *TINY, "--quiet").ok()
+        vaelab("train", "mnist-2d", *TINY, "--decoder", 16, "--quiet").ok()
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["mnist-2d-1", "mnist-2d-2"]
 
 
 def test_the_printed_numbers_are_those_of_the_run(vaelab, tmp_path):
-    out = vaelab("train", "mnist-2d", *TINY, "--out", tmp_path / "x").ok().out
+    out = vaelab("train", "mnist-2d", *TINY, "--decoder", 16, "--out", tmp_path / "x").ok().out
     test = Run.open(tmp_path / "x").history()[-1]["test"]
     assert f"distortion {test['distortion']:.2f} + rate {test['rate']:.2f}" in out
 
 
 def test_quiet_says_nothing_on_stderr(vaelab, tmp_path):
-    assert vaelab("train", "mnist-2d", *TINY, "--out", tmp_path / "x", "--quiet").ok().err == ""
+    assert vaelab("train", "mnist-2d", *TINY, "--decoder", 16, "--out", tmp_path / "x", "--quiet").ok().err == ""
 
 
 def test_train_as_json(vaelab, tmp_path):
-    document = strict(vaelab("train", "mnist-2d", *TINY, "--out", tmp_path / "x", "--json").ok().out)
+    document = strict(vaelab("train", "mnist-2d", *TINY, "--decoder", 16, "--out", tmp_path / "x", "--json").ok().out)
     assert document["run"] == str(tmp_path / "x")
     assert {key: document[key] for key in document if key != "run"} == Run.open(tmp_path / "x").history()[-1]
 
 
 def test_a_diverging_training_ends_with_code_4(vaelab, tmp_path):
-    result = vaelab("train", "mnist-2d", *TINY, "--lr", "1e30", "--schedule", "constant", "--clip", 0,
+    result = vaelab("train", "mnist-2d", *TINY, "--decoder", 16, "--lr", "1e30", "--schedule", "constant", "--clip", 0,
                     "--out", tmp_path / "x", "--quiet")  # fmt: skip
     result.refused(4, "the loss of step", "--lr")
 
 
 def test_divergence_in_the_last_step_ends_with_code_4_too(vaelab, tmp_path):
-    result = vaelab("train", "mnist-2d", *TINY, "--lr", "1e30", "--schedule", "constant", "--clip", 0,
+    result = vaelab("train", "mnist-2d", *TINY, "--decoder", 16, "--lr", "1e30", "--schedule", "constant", "--clip", 0,
                     "--batch-size", 1437, "--out", tmp_path / "x", "--quiet")  # fmt: skip
     result.refused(4, "--lr")
 
@@ -95,6 +96,14 @@ def test_what_is_not_available_has_its_reason_under_the_table(vaelab, tmp_path):
     assert "cross-entropy + KL" in out
 
 
+@pytest.mark.parametrize("command", [("sample", "-n", 4), ("evaluate", *QUICK)], ids=lambda command: command[0])
+def test_no_command_moves_the_global_generator(vaelab, copied, command):
+    vaelab("evaluate", copied, *QUICK).ok()  # the classifier is in the cache from here on
+    before = torch.get_rng_state()
+    vaelab(command[0], copied, *command[1:]).ok()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("more", [(), ("--pixels",)])
 def test_sample_draws_a_picture(vaelab, copied, tmp_path, more):
     document = strict(vaelab("sample", copied, "-n", 6, "--out", tmp_path / "s.png", "--json", *more).ok().out)
@@ -113,7 +122,7 @@ def test_the_seed_of_samples_moves_them_and_nothing_else_does(vaelab, copied):
 @pytest.mark.parametrize("recipe", ["mnist-2d", "mnist"])
 def test_report_of_a_run(vaelab, tmp_path, coarse, recipe):
     """Of binary pixels and two dimensions, and of grey levels and three: where most quantities are n/a."""
-    run, more = tmp_path / "x", ("--frequencies", 4) if recipe == "mnist-2d" else ("--latent-dim", 3)
+    run, more = tmp_path / "x", ("--decoder", 16) if recipe == "mnist-2d" else ("--latent-dim", 3)
     vaelab("train", recipe, *TINY, *more, "--out", run, "--quiet").ok()
     document = strict(vaelab("report", run, "--json", "--quiet").ok().out)
     assert document["arms"][0]["label"] == recipe

@@ -11,7 +11,7 @@ from vaelab import likelihoods, posteriors
 from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import protocol
 from vaelab.errors import NonFiniteError, UsageError
-from vaelab.evaluate import Quantity, codes_of, decoded, evaluate
+from vaelab.evaluation import Quantity, codes_of, decoded, evaluate
 from vaelab.rng import stream
 
 QUICK = {"k": 20, "is_images": 30, "samples": 100}
@@ -111,7 +111,7 @@ def test_measuring_moves_no_weight_no_mode_and_no_generator(vae, few, training):
 
 
 def test_the_training_mode_comes_back_after_an_error(vae):
-    from vaelab.train import evaluating
+    from vaelab.training import evaluating
 
     model = vae().train()
     with pytest.raises(KeyError), evaluating(model):
@@ -157,7 +157,7 @@ def test_no_samples_are_refused(vae, few, name):
 
 def test_codes_are_measured_against_the_priors_own_ball(vae, few):
     """In D dimensions the share outside is that of a standard normal where the codes are one."""
-    from vaelab import evaluate as module
+    from vaelab import evaluation as module
 
     codes = np.random.default_rng(0).standard_normal((20_000, 5))
     labelled = Dataset("x", Images(few.train.pixels), Images(few.test.pixels), None, "")

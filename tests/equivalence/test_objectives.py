@@ -13,7 +13,7 @@ from vaelab.recipes import Training
 from vaelab.rng import stream
 from vaelab.schedules import Cosine, Cyclic, Linear
 from vaelab.trace import log_mean_exp
-from vaelab.train import fit
+from vaelab.training import fit
 
 TRAINING = Training(epochs=2, batch_size=100, lr=1e-2, precision="float32")
 

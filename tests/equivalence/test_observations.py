@@ -58,9 +58,11 @@ WAYS = [
     ("explosion", {"code_std": (1.0, 9.0)}, "explodes"),
     ("explosion", {"code_std": (1.0, 1.1)}, "hardly grows"),
     ("explosion", {"code_std": (1.0, 0.2)}, "shrinks"),
-    ("generation", {"legible": (0.7, 0.1)}, "Generation fails without KL"),
-    ("generation", {"legible": (0.7, 0.69)}, "Generation does not fail"),
-    ("generation", {"legible": (0.1, 0.7)}, "Generation does not fail"),
+    ("generation", {"legible": (0.7, 0.1)}, "fails without KL, in legibility and in variety"),
+    ("generation", {"legible": (0.7, 0.1), "class_entropy": (2.2, 2.2)}, "fewer samples can be read"),
+    ("generation", {"legible": (0.7, 0.69)}, "not in legibility but in variety"),
+    ("generation", {"legible": (0.7, 0.69), "class_entropy": (2.2, 2.2)}, "Generation does not fail"),
+    ("generation", {"legible": (0.1, 0.7), "class_entropy": (1.0, 2.2)}, "Generation does not fail"),
     ("trade", {"distortion": (133.0, 120.0)}, "the distortion falls"),
     ("trade", {"distortion": (120.0, 133.0)}, "the distortion rises"),
     ("trade", {"elbo": (-140.0, -900.0)}, "both, falls from -140.00"),
@@ -69,7 +71,17 @@ WAYS = [
     ("neighbours", {"knn_accuracy": (0.8, 0.7)}, "apart less well"),
     ("neighbours", {"knn_accuracy": (0.8, 0.801)}, "apart about as well"),
     ("fitted", {"legible_fitted": (0.7, 0.5)}, "what was lost is the match"),
-    ("fitted", {"legible_fitted": (0.7, 0.1)}, "does not describe the codes any better"),
+    ("fitted", {"legible_fitted": (0.7, 0.1)}, "what was lost is the match"),
+    (
+        "fitted",
+        {"legible_fitted": (0.7, 0.1), "class_entropy_fitted": (2.2, 1.0)},
+        "does not describe the codes better",
+    ),
+    (
+        "fitted",
+        {"legible_fitted": (0.7, 0.0), "class_entropy_fitted": (2.2, 2.0)},
+        "does not describe the codes better",
+    ),
     ("importance", {"nll_is_excess": (3.0, 30.0)}, "is too pessimistic"),
     ("importance", {"nll_is_excess": (0.01, 30.0)}, "agrees with it"),
 ]
@@ -94,7 +106,7 @@ NEEDS = {
     "explosion": ("code_std", "outside_prior", "sigma"),
     "neighbours": ("knn_accuracy",),
     "generation": ("legible", "class_entropy"),
-    "fitted": ("legible",),
+    "fitted": ("legible", "class_entropy"),
     "exact": ("nll", "elbo"),
     "importance": ("nll_is_excess",),
 }
@@ -114,7 +126,7 @@ def test_a_missing_value_omits_its_sentences_and_no_others(metric, how):
     for name, text in found.items():
         if metric in NEEDS[name]:
             assert text is None
-        elif metric not in ("legible_fitted", "ess", "sigma"):
+        elif metric not in ("legible_fitted", "class_entropy_fitted", "ess", "sigma"):
             assert text is not None
 
 

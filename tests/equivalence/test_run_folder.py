@@ -10,12 +10,12 @@ from vaelab.errors import RunError, UsageError
 from vaelab.recipes import recipe
 from vaelab.rng import stream
 from vaelab.run import FORMAT, Run, read_json, replacing, write_json
-from vaelab.train import train
+from vaelab.training import train
 
 
 @pytest.fixture
 def run(few, tmp_path) -> Run:
-    chosen = recipe("mnist-2d", few.shape, hidden=(8,), frequencies=3, epochs=1, batch_size=100)
+    chosen = recipe("mnist-2d", few.shape, hidden=(8,), decoder=(8,), frequencies=3, epochs=1, batch_size=100)
     return train(chosen, few, tmp_path / "run")
 
 
@@ -27,9 +27,9 @@ def edit(path, change):
 
 def test_a_loaded_model_decodes_and_encodes_as_the_saved_one(few, tmp_path):
     from vaelab.registry import build
-    from vaelab.train import fit, initial_model
+    from vaelab.training import fit, initial_model
 
-    chosen = recipe("mnist-2d", few.shape, hidden=(8,), frequencies=3, epochs=1, batch_size=100)
+    chosen = recipe("mnist-2d", few.shape, hidden=(8,), decoder=(8,), frequencies=3, epochs=1, batch_size=100)
     model = initial_model(chosen)
     fit(model, build(chosen.objective), few, protocol("dynamic"), chosen.training)
     run = Run.create(tmp_path / "run", chosen)
@@ -125,7 +125,7 @@ def test_truncated_weights_name_the_file(run):
 
 
 def test_the_weights_of_another_model_are_refused(run, few, tmp_path):
-    chosen = recipe("mnist-2d", few.shape, hidden=(9,), frequencies=3, epochs=1, batch_size=100)
+    chosen = recipe("mnist-2d", few.shape, hidden=(9,), decoder=(8,), frequencies=3, epochs=1, batch_size=100)
     other = train(chosen, few, tmp_path / "other")
     run.weights.write_bytes(other.weights.read_bytes())
     with pytest.raises(RunError, match="does not hold this run's model") as caught:

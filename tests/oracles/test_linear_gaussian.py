@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vaelab.evaluate import importance_sampled
+from vaelab.evaluation import importance_sampled
 from vaelab.objectives import ELBO
 from vaelab.oracles import LinearGaussian
 from vaelab.quadrature import log_likelihood

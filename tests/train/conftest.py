@@ -6,9 +6,9 @@ import torch
 from vaelab.data.protocol import protocol
 from vaelab.recipes import recipe
 from vaelab.registry import build
-from vaelab.train import fit, initial_model
+from vaelab.training import fit, initial_model
 
-FIELDS = {"hidden": (16,), "frequencies": 4, "epochs": 2, "batch_size": 256, "precision": "float32"}
+FIELDS = {"hidden": (16,), "decoder": (16,), "frequencies": 4, "epochs": 2, "batch_size": 256, "precision": "float32"}
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,14 @@ from vaelab import likelihoods, posteriors, priors
 from vaelab.data.protocol import protocol
 from vaelab.distributions import Delta
 from vaelab.errors import Interrupted, NonFiniteError, UsageError
-from vaelab.evaluate import codes_of
+from vaelab.evaluation import codes_of
 from vaelab.models.vae import VAE
 from vaelab.nn.mlp import MLP
 from vaelab.objectives import ELBO
 from vaelab.recipes import Training
 from vaelab.run import Run
 from vaelab.trace import Level, Trace
-from vaelab.train import Meter, fit, train
+from vaelab.training import Meter, fit, train
 
 
 def grey_vae(likelihood=likelihoods.GreyCrossEntropy):
@@ -89,7 +89,7 @@ def test_a_diverging_run_names_the_step(trained):
 
 
 def test_weights_that_are_not_finite_are_found_at_the_first_step(digits, small):
-    from vaelab.train import initial_model
+    from vaelab.training import initial_model
 
     chosen = small()
     model = initial_model(chosen)
@@ -110,7 +110,7 @@ def test_divergence_in_the_last_step_is_found_too(digits, small, tmp_path):
 
 @pytest.mark.parametrize(("reason", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_training_saves_usable_weights(digits, small, tmp_path, reason, code, same_weights):
-    from vaelab.train import initial_model
+    from vaelab.training import initial_model
 
     asked = []
 

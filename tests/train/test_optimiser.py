@@ -11,7 +11,7 @@ from vaelab.nn.mlp import ExactLinear
 from vaelab.objectives import ELBO
 from vaelab.optim import Optimiser
 from vaelab.rng import stream
-from vaelab.train import initial_model
+from vaelab.training import initial_model
 
 
 def constant(done):
@@ -20,7 +20,7 @@ def constant(done):
 
 @pytest.fixture
 def model(small):
-    return initial_model(small(hidden=(32, 32)))
+    return initial_model(small(hidden=(32, 32), decoder=(32, 32)))
 
 
 @pytest.fixture
@@ -155,12 +155,13 @@ def test_a_gradient_below_the_limit_is_not_scaled(model, backward):
 
 
 def test_averaged_weights_are_the_moving_average(model, backward):
-    optimiser = Optimiser(model, "adam", 1e-2, constant, 30, average=0.5)
+    """Few steps: the decay grows over the first three, and then stays at 0.3."""
+    optimiser = Optimiser(model, "adam", 1e-2, constant, 6, average=0.3)
     expected = optimiser.master.double().clone()
-    for step in range(30):
+    for step in range(6):
         backward(model, step)
         optimiser.step(step)
-        decay = min(0.5, (1 + step) / (10 + step))
+        decay = min(0.3, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * optimiser.master.double()
     last = weights(model)
     with optimiser.evaluated():
@@ -222,3 +223,14 @@ def test_frozen_parameters_are_left_alone(model, backward):
     optimiser.step(0)
     optimiser.finish()
     assert torch.equal(frozen, before)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_layer_without_a_gradient_in_one_step_does_not_keep_the_last(bfloat16):
+    layers = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    optimiser = Optimiser(layers, "adam", 1e-3, constant, 10, bfloat16=bfloat16)
+    x = torch.ones(1, 3, dtype=layers[0].weight.dtype)
+    for used, expected in ((layers, 4.0), (layers[:1], 8**0.5)):
+        sum((layer.weight @ x.T).sum() for layer in used).float().backward()
+        sum(layer.bias.sum() for layer in used).backward()
+        assert optimiser.step(0) == pytest.approx(expected, rel=1e-3)

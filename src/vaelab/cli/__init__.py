@@ -9,6 +9,18 @@ from cyclopts import App, CycloptsError
 from vaelab import __version__
 from vaelab.errors import VaelabError
 
+COMMANDS = {
+    "study": ("vaelab.cli.study:app", "Run a study and write its report.", "study removing-kl --seeds 3"),
+    "train": ("vaelab.cli.train:app", "Train a recipe into a run folder.", "train mnist --latent-dim 10"),
+    "evaluate": ("vaelab.cli.evaluate:evaluate", "Measure runs on their test images.", "evaluate runs/mnist-1 -k 5000"),
+    "sample": ("vaelab.cli.sample:sample", "Draw images from a model.", "sample runs/mnist-1 -n 64 --out samples.png"),
+    "report": ("vaelab.cli.report:report", "Figures and a page for one run.", "report runs/mnist-1"),
+    "recipes": ("vaelab.cli.tables:recipes", "The recipes of `train`.", "recipes --json"),
+    "studies": ("vaelab.cli.tables:studies", "The studies of `study`.", "studies"),
+    "data": ("vaelab.cli.tables:data", "The data sets, and where each was found.", "data"),
+}
+"""Each command: its import path, so that only the one that runs is imported, its line in the help, and an example."""
+
 
 def app() -> App:
     """The whole command line."""
@@ -19,14 +31,8 @@ def app() -> App:
         help_format="markdown",
         suppress_keyboard_interrupt=False,
     )
-    root.command("vaelab.cli.study:app", name="study")
-    root.command("vaelab.cli.train:app", name="train")
-    root.command("vaelab.cli.evaluate:evaluate", name="evaluate")
-    root.command("vaelab.cli.sample:sample", name="sample")
-    root.command("vaelab.cli.report:report", name="report")
-    root.command("vaelab.cli.tables:recipes", name="recipes")
-    root.command("vaelab.cli.tables:studies", name="studies")
-    root.command("vaelab.cli.tables:data", name="data")
+    for name, (path, help, example) in COMMANDS.items():
+        root.command(path, name=name, help=f"{help}\n\nExample: `vaelab {example}`")
     return root
 
 
@@ -47,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         console.error(str(error), debug)
         return error.exit_code
     except CycloptsError as error:
-        console.error(f"{console.plain(error)}; see `{console.usage(arguments)} --help`", debug)
+        console.error(f"{console.plain(error)}; see `{console.usage(arguments, COMMANDS)} --help`", debug)
         return 2
     except KeyboardInterrupt:
         console.error("interrupted", debug)

@@ -6,13 +6,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -156,20 +156,23 @@ def interruptible() -> Iterator[Callable[[], str | None]]:
             signal.signal(number, handler)
 
 
+def whole(kind: type, tokens: Sequence[Token]) -> int:
+    """A whole number; "1.5" is refused instead of being rounded."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f'unable to convert "{tokens[0].value}" into int') from None
+
+
 def plain(problem: Exception) -> str:
     """The message of an error of the command-line parser, in one line."""
     lines = [line.strip(" │╭╮╰╯─") for line in str(problem).splitlines()]
     return re.sub(r"\s+", " ", " ".join(line for line in lines if line)).rstrip(".")
 
 
-def usage(arguments: Sequence[str]) -> str:
+def usage(arguments: Sequence[str], commands: Container[str]) -> str:
     """The command that was asked for, without its options."""
-    words = []
-    for word in arguments:
-        if word.startswith("-"):
-            break
-        words.append(word)
-    return " ".join(["vaelab", *words[:1]])
+    return " ".join(["vaelab", *(word for word in arguments[:1] if word in commands)])
 
 
 def _left(start: float, done: float) -> str:

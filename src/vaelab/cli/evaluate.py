@@ -12,10 +12,16 @@ from vaelab.cli.console import Output
 def evaluate(
     runs: Annotated[tuple[Path, ...], Parameter(name="RUN", help="Run folders.")],
     *,
-    k: Annotated[int, Parameter(name=["-k", "--k"], help="Importance samples for each image.")] = 1000,
-    is_images: Annotated[int, Parameter(help="How many test images are importance-sampled.")] = 1000,
-    samples: Annotated[int, Parameter(help="Prior samples that the classifier reads.")] = 10_000,
-    seed: Annotated[int, Parameter(help="Seed of posterior and prior samples.")] = 0,
+    k: Annotated[
+        int, Parameter(converter=console.whole, name=["-k", "--k"], help="Importance samples for each image.")
+    ] = 1000,
+    is_images: Annotated[
+        int, Parameter(converter=console.whole, help="How many test images are importance-sampled.")
+    ] = 500,
+    samples: Annotated[
+        int, Parameter(converter=console.whole, help="Prior samples that the classifier reads.")
+    ] = 10_000,
+    seed: Annotated[int, Parameter(converter=console.whole, help="Seed of posterior and prior samples.")] = 0,
     data_dir: Annotated[Path | None, Parameter(help="Where the data files are, if not in the cache.")] = None,
     output: Output = Output(),  # noqa: B008
 ) -> None:
@@ -26,7 +32,7 @@ def evaluate(
     from vaelab.cli.common import data_of
     from vaelab.data.protocol import protocol
     from vaelab.errors import UsageError
-    from vaelab.evaluate import evaluate as measure
+    from vaelab.evaluation import evaluate as measure
     from vaelab.legibility import classifier_for
     from vaelab.report.metrics import METRICS
     from vaelab.run import Run, write_json

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from vaelab.cli import console
 from vaelab.recipes import FIELDS, Recipe
 
 _FIELDS = Group("Fields of the recipe", sort_key=10)
@@ -50,6 +51,8 @@ def _option(parameter: inspect.Parameter, unset: bool) -> inspect.Parameter:
     kind: Any = parameter.annotation
     help = FIELDS[parameter.name]
     more: Mapping[str, Any] = {"consume_multiple": True, "negative_iterable": ""} if kind == tuple[int, ...] else {}
+    if kind is int:
+        more = {"converter": console.whole}
     if unset:
         kind, parameter = kind | None, parameter.replace(default=None)
     return parameter.replace(annotation=Annotated[kind, Parameter(help=help, group=_FIELDS, **more)])

@@ -22,7 +22,7 @@ def report(
     """
     from vaelab.cli.common import data_of
     from vaelab.data.protocol import protocol
-    from vaelab.evaluate import evaluate
+    from vaelab.evaluation import evaluate
     from vaelab.legibility import classifier_for
     from vaelab.report import build
     from vaelab.report.page import text_table
@@ -30,10 +30,10 @@ def report(
 
     opened = Run.open(run)
     folder = out or run / "report"
-    if not (folder / "report.json").is_file():
-        claim_folder(folder)
     stages = console.Stages(output)
     model, data = opened.model(), data_of(opened, data_dir, stages)
+    if not (folder / "report.json").is_file():
+        claim_folder(folder)
     with stages("train the classifier that reads the samples") as update:
         classifier, accuracy = classifier_for(data, on_progress=lambda done: update(done, ""))
     with stages(f"evaluate {run}") as update:

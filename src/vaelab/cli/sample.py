@@ -12,12 +12,12 @@ from vaelab.cli.console import Output
 def sample(
     run: Annotated[Path, Parameter(name="RUN", help="A run folder.")],
     *,
-    n: Annotated[int, Parameter(name=["-n", "--n"], help="How many images.")] = 64,
+    n: Annotated[int, Parameter(converter=console.whole, name=["-n", "--n"], help="How many images.")] = 64,
     out: Annotated[Path | None, Parameter(help="The picture to write; by default RUN/samples.png.")] = None,
     pixels: Annotated[
         bool, Parameter(negative="", help="Draw pixels too, instead of showing the decoder's mean.")
     ] = False,
-    seed: Annotated[int, Parameter(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, Parameter(converter=console.whole, help="Seed of the samples.")] = 0,
     output: Output = Output(),  # noqa: B008
 ) -> None:
     """Draw images from a model: z from the prior, then the decoder.

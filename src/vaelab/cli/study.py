@@ -19,7 +19,7 @@ def _body(name: str) -> Any:
     def body(
         *,
         out: Annotated[Path, Parameter(help="Folder for the report, the images and the runs.")] = Path(name),
-        seeds: Annotated[int, Parameter(help="Runs of each arm.")] = 1,
+        seeds: Annotated[int, Parameter(converter=console.whole, help="Runs of each arm.")] = 1,
         overwrite: Annotated[
             bool, Parameter(negative="", help="Replace a study with other settings that is in the folder.")
         ] = False,

@@ -26,14 +26,12 @@ def _body(name: str) -> Any:
     ) -> None:
         recipe(name, **fields)  # out-of-range values end here, before data is fetched or torch imported
         from vaelab.cli.common import check_device, load_data
-        from vaelab.run import claim_folder
-        from vaelab.train import Progress, train
+        from vaelab.training import Progress, train
 
         check_device(device)
         stages = console.Stages(output)
         data = load_data(fields["data"], data_dir, stages)
         path = out or _free(name)
-        claim_folder(path)
         resolved = recipe(name, data.shape, **fields)
         with stages(f"train {name}") as update, console.interruptible() as stop:
 
@@ -48,9 +46,10 @@ def _body(name: str) -> Any:
         def show_result() -> None:
             rate, distortion = last["test"]["rate"], last["test"]["distortion"]
             what = "cross-entropy" if resolved.protocol == "grey" else "distortion"
+            total = "" if rate is None else f" + rate {rate:.2f} = {distortion + rate:.2f}"
             console.text(
-                f"test after {last['epoch']} epochs, {last['seconds']:.1f} s: {what} {distortion:.2f} + "
-                f"rate {rate:.2f} = {distortion + rate:.2f} nats per image (n = {len(data.test):,} images)"
+                f"test after {last['epoch']} epochs, {last['seconds']:.1f} s: {what} {distortion:.2f}{total} "
+                f"nats per image (n = {len(data.test):,} images)"
             )
             console.text(f"run: {path}   next: vaelab report {path}")
 

@@ -11,7 +11,7 @@ import torch
 
 from vaelab.data.datasets import Dataset
 from vaelab.data.protocol import protocol as protocol_named
-from vaelab.evaluate import Evaluation, codes_of, decoded, fitted_codes, prior_codes
+from vaelab.evaluation import Evaluation, codes_of, decoded, fitted_codes, prior_codes
 from vaelab.models.vae import VAE
 from vaelab.report import figures, page
 from vaelab.report.metrics import METRICS
@@ -153,6 +153,9 @@ def write(
     """Compose the report and write report.json and report.html; returns the report."""
     values = aggregate(cells) if values is None else values
     recipe = cells[0].run.recipe()
+    measured = {key for key, entries in values.items() if any(e.get("mean") is not None for e in entries.values())}
+    # a bound that this likelihood does not have is another row of the same section, not an empty one
+    rows = [m for m in METRICS if m["key"] in values and (m["key"] in measured or m["section"] != "Bound")]
     report = {
         "format": 1,
         "title": title,
@@ -167,13 +170,8 @@ def write(
             }
             for arm in arms
         ],
-        "metrics": [
-            m
-            for m in METRICS
-            if m["key"] in values
-            and any(e.get("mean") is not None or m["section"] != "Bound" for e in values[m["key"]].values())
-        ],
-        "values": values,
+        "metrics": rows,
+        "values": {row["key"]: values[row["key"]] for row in rows},
         "observations": observations,
         "figures": drawn,
         "protocol": {

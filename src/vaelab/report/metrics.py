@@ -1,4 +1,4 @@
-"""The rows of the table: name, unit and one sentence for each quantity that `vaelab.evaluate` measures."""
+"""The rows of the table: name, unit and one sentence for each quantity that `vaelab.evaluation` measures."""
 
 from typing import Any
 

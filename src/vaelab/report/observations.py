@@ -64,14 +64,21 @@ def _moves(before: float, after: float) -> str:
     return "falls" if after < before else "rises" if after > before else "stays"
 
 
+def _ratio(v: _Numbers, metric: str) -> float | None:
+    """Without KL over with KL; None where there is nothing to divide by."""
+    before, after = v.mean(metric, "kl"), v.mean(metric, "no_kl")
+    return after / before if before and after is not None else None
+
+
 def _trade(v: _Numbers) -> str | None:
-    if not v.has(("rate", "kl"), ("rate", "no_kl"), ("distortion", "kl"), ("distortion", "no_kl")):
+    if not v.has(*[(m, a) for m in ("rate", "distortion", "elbo") for a in ("kl", "no_kl")]):
         return None
-    rate = v.mean("rate", "no_kl") / v.mean("rate", "kl")  # type: ignore[operator]
+    ratio = _ratio(v, "rate")
+    times = "" if ratio is None else f" ({ratio:.1f} times as much)"
     distortion = _moves(v.mean("distortion", "kl"), v.mean("distortion", "no_kl"))  # type: ignore[arg-type]
     return (
         f"Nothing pays for the code once the KL term is gone: the rate goes from {v.text('rate', 'kl')} to "
-        f"{v.text('rate', 'no_kl')} nats per image ({rate:.1f} times as much), and the distortion {distortion} from "
+        f"{v.text('rate', 'no_kl')} nats per image{times}, and the distortion {distortion} from "
         f"{v.text('distortion', 'kl')} to {v.text('distortion', 'no_kl')} nats. The ELBO, which counts both, "
         f"{_moves(v.mean('elbo', 'kl'), v.mean('elbo', 'no_kl'))} "  # type: ignore[arg-type]
         f"from {v.text('elbo', 'kl')} to {v.text('elbo', 'no_kl')} nats."
@@ -82,16 +89,17 @@ def _explosion(v: _Numbers) -> str | None:
     pairs = [(m, a) for m in ("code_std", "outside_prior", "sigma") for a in ("kl", "no_kl")]
     if not v.has(*pairs):
         return None
-    ratio = v.mean("code_std", "no_kl") / v.mean("code_std", "kl")  # type: ignore[operator]
-    verdict = "The latent space explodes" if ratio > 1.5 else "The latent space hardly grows" if ratio > 0.8 else (
-        "The latent space shrinks"
-    )  # fmt: skip
+    ratio = _ratio(v, "code_std")
+    if ratio is None:
+        return None
+    sigma = _ratio(v, "sigma")
+    point = ": each image becomes a point" if sigma is not None and sigma < 0.2 else ""
+    verdict = "explodes" if ratio > 1.5 else "hardly grows" if ratio > 0.8 else "shrinks"
     return (
-        f"{verdict}: the codes' standard deviation goes from {v.text('code_std', 'kl')} to "
+        f"The latent space {verdict}: the codes' standard deviation goes from {v.text('code_std', 'kl')} to "
         f"{v.text('code_std', 'no_kl')} ({ratio:.1f} times), the share of test codes outside the prior's 3-sigma circle "
         f"from {v.percent('outside_prior', 'kl')} to {v.percent('outside_prior', 'no_kl')}, and the mean sigma of "
-        f"q(z|x) from {v.text('sigma', 'kl', '{:.4f}')} to {v.text('sigma', 'no_kl', '{:.4f}')}: each image becomes a "
-        "point."
+        f"q(z|x) from {v.text('sigma', 'kl', '{:.4f}')} to {v.text('sigma', 'no_kl', '{:.4f}')}{point}."
     )
 
 
@@ -127,7 +135,9 @@ def _generation(v: _Numbers, classes: int) -> str | None:
 
 
 def _fitted(v: _Numbers) -> str | None:
-    if not v.has(("legible", "no_kl"), ("legible_fitted", "no_kl"), ("class_entropy_fitted", "no_kl")):
+    if not v.has(
+        ("legible", "no_kl"), ("legible_fitted", "no_kl"), ("class_entropy_fitted", "no_kl"), ("class_entropy", "no_kl")
+    ):
         return None
     legible = v.mean("legible_fitted", "no_kl") - v.mean("legible", "no_kl")  # type: ignore[operator]
     variety = v.mean("class_entropy_fitted", "no_kl") - v.mean("class_entropy", "no_kl")  # type: ignore[operator]
@@ -158,7 +168,9 @@ def _importance(v: _Numbers, k: int, is_images: int) -> str | None:
     if not v.has(("nll_is_excess", "kl"), ("nll_is_excess", "no_kl"), ("ess", "kl"), ("sigma", "kl")):
         return None
     excess = v.mean("nll_is_excess", "kl")
-    verdict = "is too pessimistic" if excess > 0.1 else "agrees with it"  # type: ignore[operator]
+    verdict = (
+        "is too pessimistic" if excess > 0.1 else "is too optimistic" if excess < -0.1 else "agrees with it"  # type: ignore[operator]
+    )
     return (
         f"The importance-sampled estimate ({k:,} samples of the encoder's posterior for each of the first {is_images:,} "
         f"test images) {verdict}: it is {v.text('nll_is_excess', 'kl')} nats above the exact value with KL and "

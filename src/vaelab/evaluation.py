@@ -29,7 +29,7 @@ from vaelab.legibility import Classifier, legibility
 from vaelab.models.vae import VAE
 from vaelab.quadrature import log_likelihood
 from vaelab.rng import stream
-from vaelab.train import evaluating
+from vaelab.training import evaluating
 
 OnProgress = Callable[[str, float], None]
 """Called with what is being measured and the fraction of it that is done."""
@@ -92,7 +92,7 @@ def evaluate(
     *,
     classifier: Classifier | None = None,
     k: int = 1000,
-    is_images: int = 1000,
+    is_images: int = 500,
     samples: int = 10_000,
     seed: int = 0,
     on_progress: OnProgress = lambda label, done: None,
@@ -171,6 +171,8 @@ def _likelihood(
     if not model.likelihood.normalised:
         return dict.fromkeys(names, Quantity.missing("a cross-entropy on grey levels is not a likelihood"))
     found: dict[str, Quantity] = {}
+    if not np.isfinite(per_image["distortion"]).all():
+        return dict.fromkeys(names, Quantity.over_images(per_image["distortion"]))
     if model.latent_dim <= 2:
         exact = log_likelihood(model, x, on_progress=lambda done: on_progress("exact log-likelihood", done))
         per_image["log_px"] = exact.log_px
@@ -251,6 +253,9 @@ def codes_of(model: VAE, images: Tensor, batch_size: int = 2000) -> np.ndarray:
 def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sigma: np.ndarray) -> dict[str, Quantity]:
     from scipy.stats import chi2
 
+    names = ("code_mean", "code_std", "sigma", "outside_prior", "knn_accuracy")
+    if not np.isfinite(codes).all():
+        return dict.fromkeys(names, Quantity.over_images(codes.sum(1)))
     radius = math.sqrt(chi2.ppf(PRIOR_MASS, codes.shape[1]))
     outside = np.linalg.norm(codes, axis=1) > radius
     found = {
@@ -266,7 +271,7 @@ def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sig
     from sklearn.neighbors import KNeighborsClassifier
 
     train = codes_of(model, protocol.test_set(data.train.pixels).to(model.device))
-    neighbours = KNeighborsClassifier(NEIGHBOURS).fit(train, data.train.labels)
+    neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train))).fit(train, data.train.labels)
     right = neighbours.predict(codes) == data.test.labels
     return found | {"knn_accuracy": Quantity.over_images(right.astype(float))}
 
@@ -277,6 +282,9 @@ def _legibility(
     names = ("legible", "class_entropy", "legible_fitted", "class_entropy_fitted")
     if classifier is None:
         return dict.fromkeys(names, Quantity.missing("the data has no labels to train a classifier on"))
+    codes = codes_of(model, protocol.test_set(data.test.pixels[:100]).to(model.device))
+    if not np.isfinite(codes).all():
+        return dict.fromkeys(names, Quantity.over_images(codes.sum(1)))
     prior = prior_codes(model, samples, seed)
     fitted = fitted_codes(model, protocol.test_set(data.train.pixels[:10_000]).to(model.device), samples, seed)
     found = {}

@@ -32,6 +32,12 @@ from vaelab.schedules import LEARNING_RATE
 from vaelab.trace import Trace
 
 
+def text_of(metrics: dict[str, float | None]) -> str:
+    """Rate and distortion in one line, for people."""
+    rate, distortion = metrics["rate"], metrics["distortion"]
+    return f"rate {'n/a' if rate is None else f'{rate:.2f}'}  distortion {distortion:.2f} nats"
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a progress bar shows; rate and distortion in nats per image, means over the epoch so far."""
@@ -40,18 +46,15 @@ class Progress:
     epochs: int
     step: int
     steps: int
-    rate: float
+    rate: float | None
     distortion: float
     images_per_second: float
     seconds_left: float
 
     def text(self) -> str:
         """One line for a progress bar."""
-        rate = "n/a" if math.isnan(self.rate) else f"{self.rate:.2f}"
-        return (
-            f"epoch {self.epoch}/{self.epochs}  rate {rate}  distortion {self.distortion:.2f} nats  "
-            f"{self.images_per_second:,.0f} images/s"
-        )
+        metrics = text_of({"rate": self.rate, "distortion": self.distortion})
+        return f"epoch {self.epoch}/{self.epochs}  {metrics}  {self.images_per_second:,.0f} images/s"
 
 
 Record = dict[str, Any]
@@ -93,11 +96,7 @@ def fit(
         NonFiniteError: the loss is not finite; names the step.
         Interrupted: `stop` gave a reason.
     """
-    check(protocol, model.likelihood)  # type: ignore[arg-type]
-    if training.batch_size > len(data.train):
-        raise UsageError(
-            f"batch_size is {training.batch_size} and there are {len(data.train)} training images: choose a smaller one"
-        )
+    _check_fit(model, data, protocol, training)
     device = torch.device(device)
     model.to(device).train()
     pixels = torch.from_numpy(data.train.pixels).to(device)
@@ -134,12 +133,17 @@ def fit(
             reason = stop()
             if reason:
                 optimiser.finish()
-                raise Interrupted(reason, step=step, steps=steps)
+                raise Interrupted(reason, f"after step {step} of {steps}")
         seconds += time.perf_counter() - start
 
         rate, distortion = meter.means()
         with optimiser.evaluated():
             tested = test_metrics(model, test, seed)
+        if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
+            raise NonFiniteError(
+                f"rate or distortion is not finite after step {step - 1} (epoch {epoch}): lower --lr, "
+                "or try --precision float32"
+            )
         record = {
             "epoch": epoch,
             "step": step,
@@ -172,7 +176,7 @@ def train(
     """
     model, objective = initial_model(recipe), build(recipe.objective)
     protocol = protocol_named(recipe.protocol)
-    check(protocol, model.likelihood)
+    _check_fit(model, data, protocol, recipe.training)
     precision = choose(recipe.training.precision, torch.device(device))
     run = Run.create(
         path, recipe, device=str(device), data_fingerprint=data.fingerprint, data_source=data.source,
@@ -188,6 +192,19 @@ def train(
         raise
     run.save_model(model)
     return run
+
+
+def check_recipe(recipe: Recipe, data: Dataset) -> None:
+    """Refuse a recipe that cannot be trained on a data set, before anything is written. Raises UsageError."""
+    _check_fit(initial_model(recipe), data, protocol_named(recipe.protocol), recipe.training)
+
+
+def _check_fit(model: nn.Module, data: Dataset, protocol: Protocol, training: Training) -> None:
+    check(protocol, model.likelihood)  # type: ignore[arg-type]
+    if training.batch_size > len(data.train):
+        raise UsageError(
+            f"batch_size is {training.batch_size} and there are {len(data.train)} training images: choose a smaller one"
+        )
 
 
 def initial_model(recipe: Recipe) -> VAE:
@@ -224,6 +241,7 @@ class Meter:
 
     def __init__(self, device: torch.device, interval: float = 0.2) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.has_rate = True
         self.count, self.interval, self.last = 0, interval, time.perf_counter()
         self.steps, self.norm_sum, self.norm_max = 0, 0.0, 0.0
 
@@ -232,7 +250,7 @@ class Meter:
         try:
             rate = trace.rate.detach().sum()
         except NoDensity:
-            rate = torch.tensor(torch.nan, device=distortion.device)
+            rate, self.has_rate = torch.zeros((), device=distortion.device), False
         self.sums += torch.stack([rate, distortion.sum()]).double()
         self.count += len(distortion)
         self.steps += 1
@@ -240,7 +258,7 @@ class Meter:
 
     def means(self) -> tuple[float | None, float]:
         rate, distortion = (self.sums / self.count).tolist()
-        return (None if math.isnan(rate) else rate), distortion
+        return (rate if self.has_rate else None), distortion
 
     def due(self) -> bool:
         now = time.perf_counter()
@@ -252,4 +270,4 @@ class Meter:
     def progress(self, epoch: int, epochs: int, step: int, steps: int, batch: int, seconds: float) -> Progress:
         rate, distortion = self.means()
         speed, left = batch * step / seconds, seconds / step * (steps - step)
-        return Progress(epoch, epochs, step, steps, math.nan if rate is None else rate, distortion, speed, left)
+        return Progress(epoch, epochs, step, steps, rate, distortion, speed, left)
