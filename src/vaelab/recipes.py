@@ -130,7 +130,7 @@ def mnist(
     batch_size: int = 128,
     k: int = 1,
     optimiser: str = "adam",
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     schedule: str = "one-cycle",
     clip: float = 0.0,
     average: float = 0.0,
