@@ -247,7 +247,7 @@ def importance_sampled(
 def codes_of(model: VAE, images: Tensor, batch_size: int = 2000) -> np.ndarray:
     """Posterior means (N, D) of images (N, *X), float64."""
     with evaluating(model):
-        return np.concatenate([_numpy(model.encode(part).mean) for part in images.split(batch_size)])
+        return np.concatenate([_numpy(model.encode(part.to(model.device)).mean) for part in images.split(batch_size)])
 
 
 def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sigma: np.ndarray) -> dict[str, Quantity]:
@@ -289,7 +289,7 @@ def _legibility(
     fitted = fitted_codes(model, protocol.test_set(data.train.pixels[:10_000]).to(model.device), samples, seed)
     found = {}
     for suffix, z in (("", prior), ("_fitted", fitted)):
-        read = legibility(classifier, decoded(model, z).cpu())
+        read = legibility(classifier, decoded(model, z))
         se = math.sqrt(read.share * (1 - read.share) / read.n)
         found["legible" + suffix] = Quantity(read.share, se, read.n)
         found["class_entropy" + suffix] = Quantity(read.class_entropy, None, read.n)
@@ -311,9 +311,10 @@ def fitted_codes(model: VAE, images: Tensor, n: int, seed: int) -> Tensor:
 
 
 def decoded(model: VAE, z: Tensor, batch_size: int = 5000) -> Tensor:
-    """Decoder means (n, *X) at codes (n, D)."""
+    """Decoder means (n, *X) at codes (n, D), on the CPU."""
     with evaluating(model):
-        return torch.cat([model.decode(part.unsqueeze(0)).mean[0] for part in z.split(batch_size)])
+        parts = z.to(model.device).split(batch_size)
+        return torch.cat([model.decode(part.unsqueeze(0)).mean[0].cpu() for part in parts])
 
 
 def _positive(**values: int) -> None:
