@@ -86,7 +86,7 @@ class DiagGaussian(Distribution):
         return sum_event(-0.5 * scaled.square() - self.log_std - 0.5 * LOG_2PI, self.event_dim)
 
     def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        # z = mu + sigma * eps: the reparameterisation (Kingma & Welling 2014, arXiv 1312.6114, eq. 5)
+        # z = mu + sigma * eps: the reparameterisation (Kingma & Welling 2014, arXiv 1312.6114, section 2.4)
         shape = (k, *self.mean_.shape)
         eps = torch.randn(shape, generator=generator, dtype=self.mean_.dtype, device=self.mean_.device)
         return self.mean_ + self.std * eps

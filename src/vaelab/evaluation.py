@@ -60,6 +60,11 @@ class Quantity:
         return cls(float(values.mean()), se, len(values))
 
     @classmethod
+    def of(cls, value: float, n: int) -> "Quantity":
+        """A number over n images without a standard error; not finite: no number, and the reason."""
+        return cls(float(value), None, n) if math.isfinite(value) else cls(None, None, n, f"not finite: {value}")
+
+    @classmethod
     def missing(cls, reason: str) -> "Quantity":
         return cls(None, reason=reason)
 
@@ -177,7 +182,7 @@ def _likelihood(
         exact = log_likelihood(model, x, on_progress=lambda done: on_progress("exact log-likelihood", done))
         per_image["log_px"] = exact.log_px
         found["nll"] = Quantity.over_images(-exact.log_px)
-        found["nll_error"] = Quantity(float(exact.error.mean()), None, len(x))
+        found["nll_error"] = Quantity.of(exact.error.mean(), len(x))
     else:
         reason = f"quadrature needs at most two latent dimensions, this model has {model.latent_dim}"
         found["nll"] = found["nll_error"] = Quantity.missing(reason)
@@ -189,7 +194,7 @@ def _likelihood(
         return found | dict.fromkeys(("nll_is", "nll_is_excess", "ess"), Quantity.missing(str(error)))
     per_image["log_px_is"] = log_px
     found["nll_is"] = Quantity.over_images(-log_px)
-    found["ess"] = Quantity(float(np.median(ess)), None, len(ess))
+    found["ess"] = Quantity.of(np.median(ess), len(ess))
     found["nll_is_excess"] = (
         Quantity.over_images(per_image["log_px"][: len(log_px)] - log_px)
         if "log_px" in per_image
@@ -225,6 +230,7 @@ def importance_sampled(
         UsageError: k below one.
     """
     _positive(k=k)
+    x = x.to(model.device)
     log_px, ess = [], []
     chunk = max(1, min(len(x), budget // min(k, 100)))
     with evaluating(model):
@@ -259,9 +265,9 @@ def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sig
     radius = math.sqrt(chi2.ppf(PRIOR_MASS, codes.shape[1]))
     outside = np.linalg.norm(codes, axis=1) > radius
     found = {
-        "code_mean": Quantity(float(np.linalg.norm(codes.mean(0))), None, len(codes)),
-        "code_std": Quantity(float(np.sqrt(codes.var(0).mean())), None, len(codes)),
-        "sigma": Quantity(float(sigma.mean()), None, len(codes))
+        "code_mean": Quantity.of(float(np.linalg.norm(codes.mean(0))), len(codes)),
+        "code_std": Quantity.of(np.sqrt(codes.var(0).mean()), len(codes)),
+        "sigma": Quantity.of(sigma.mean(), len(codes))
         if isinstance(model.encode(protocol.test_set(data.test.pixels[:1]).to(model.device)), DiagGaussian)
         else Quantity.missing("this posterior has no sigma"),
         "outside_prior": Quantity.over_images(outside.astype(float)),
@@ -290,7 +296,7 @@ def _legibility(
     found = {}
     for suffix, z in (("", prior), ("_fitted", fitted)):
         read = legibility(classifier, decoded(model, z))
-        se = math.sqrt(read.share * (1 - read.share) / read.n)
+        se = math.sqrt(read.share * (1 - read.share) / read.n) if read.n > 1 else None
         found["legible" + suffix] = Quantity(read.share, se, read.n)
         found["class_entropy" + suffix] = Quantity(read.class_entropy, None, read.n)
     return found

@@ -143,7 +143,7 @@ def legibility(model: Classifier, images: Tensor) -> Legibility:
     """Legibility of images (N, C, H, W) in [0, 1]."""
     p = model.probabilities(images)
     frequency = p.argmax(-1).bincount(minlength=p.shape[1]).double() / len(p)
-    entropy = -(frequency * frequency.clamp_min(1e-300).log()).sum().item()
+    entropy = abs((frequency * frequency.clamp_min(1e-300).log()).sum().item())
     return Legibility((p.amax(-1) > CONFIDENT).double().mean().item(), entropy, len(p))
 
 

@@ -1,8 +1,8 @@
 """Optimisers by name, on flat float32 weights, beside the bfloat16 copies that the networks compute with.
 
 `adam`   Adam (Kingma & Ba 2015, arXiv 1412.6980) on everything.
-`muon`   Muon (Jordan et al. 2024) on the matrices between hidden layers, Adam on the rest: each update of a matrix is
-         its momentum with all singular values set to one.
+`muon`   Muon (Jordan et al. 2024) on the matrices of linear layers that are wide on both sides, Adam on the rest: each
+         update of a matrix is its momentum with all singular values set to one.
 
 Two ideas make a step cheap on a CPU. All float32 weights that Adam updates lie in one tensor, so that it is one fused
 kernel instead of a dispatch for each layer. And in bfloat16 training the weights of linear and convolutional layers are

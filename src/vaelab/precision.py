@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """The choice and its reason, printed at the start of training and stored in the run."""
+    """The choice and its reason, stored in the run."""
 
     name: str
     reason: str

@@ -9,9 +9,10 @@ codes lie twenty prior deviations out, and near the origin p(x|z) changes within
 What is done
     The plane is cut into unit tiles, each with a tensor Gauss-Legendre rule of 8 points a side. Rings of tiles are added
     outwards until, for every image, the ring adds less than 1e-6 of the integral and nothing beyond can matter: the
-    prior's tail times the best p(x|z) seen (with 10 nats of slack) is e^-15 of it. So the extent follows the prior, the
-    model and the image. Then each tile that matters to an image (within a margin of its total, or containing its code)
-    is split into four, until splitting changes no image's integral by more than `tolerance`.
+    prior's tail times the best p(x|z) seen, with 10 nats of slack (an estimate, not a proof), is e^-15 of it. So the
+    extent follows the prior, the model and the image. Then each tile that matters to an image (within a margin of its
+    total, or containing its code) is split into four, until no split changes an image's integral by more than
+    `tolerance`.
 What remains
     `resolution_error` is the summed change of the last splits, `extent_error` the share of the last ring and the bound on
     what lies beyond. Both are reported, in nats, for every image.
@@ -28,6 +29,7 @@ from torch import Tensor
 from vaelab.distributions import Distribution
 from vaelab.errors import UsageError
 from vaelab.models.vae import VAE
+from vaelab.priors import StandardNormal
 from vaelab.training import evaluating
 
 POINTS = 8
@@ -79,7 +81,7 @@ def log_likelihood(
     """log p(x) of each image (N, *X) under a model with one or two latent dimensions.
 
     Args:
-        model: its prior must have a density.
+        model: with a standard normal prior.
         x: the images, float32, as the protocol gives them.
         tolerance: largest change of one image's log p(x), in nats, by one split that is accepted.
         max_levels: how often a tile may be split; the error that is left is reported.
@@ -87,15 +89,20 @@ def log_likelihood(
         on_progress: called with a rough fraction done.
 
     Raises:
-        UsageError: more than two latent dimensions.
+        UsageError: more than two latent dimensions, or another prior.
     """
     if model.latent_dim > 2:
         raise UsageError(
             f"quadrature needs one or two latent dimensions and this model has {model.latent_dim}: "
             "use the importance-sampled estimate"
         )
+    if not isinstance(model.prior, StandardNormal):
+        raise UsageError(
+            f"quadrature knows the tail of a standard normal prior, and this one is {type(model.prior).__name__}: "
+            "use the importance-sampled estimate"
+        )
     with evaluating(model):
-        return _Integral(model, x, tolerance, max_levels).run(max_radius, on_progress)
+        return _Integral(model, x.to(model.device), tolerance, max_levels).run(max_radius, on_progress)
 
 
 class _Integral:
@@ -191,10 +198,10 @@ class _Integral:
         return centres[(distance >= inner) & (distance < outer)]
 
     def _log_prior_beyond(self, radius: float) -> float:
-        """log of the prior's largest density-weighted mass outside a ball: exact for a standard normal."""
+        """log of the prior's mass outside the ball that the tiles certainly cover: their centres reach `radius`."""
         from scipy.stats import chi2
 
-        return float(chi2.logsf(radius**2, self.dim))
+        return float(chi2.logsf((radius - math.sqrt(self.dim) / 2) ** 2, self.dim))
 
     def _decode(self, centres: np.ndarray, side: float) -> tuple[Distribution, Tensor]:
         """p(x|z) at the nodes of tiles, batch shape (1, G), and log of p(z) times the node's weight, (G,)."""

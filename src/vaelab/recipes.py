@@ -28,7 +28,7 @@ FIELDS: dict[str, str] = {
     "epochs": "Passes over the training images.",
     "batch_size": "Images a step.",
     "k": "Posterior samples for each image in a step.",
-    "optimiser": "adam, or muon for hidden matrices with adam for the rest.",
+    "optimiser": "adam, or muon for wide matrices with adam for the rest.",
     "lr": "Peak learning rate.",
     "schedule": "Of the learning rate: constant, linear, cosine, warm-cosine, one-cycle.",
     "clip": "Largest norm of the gradient; 0 for no clipping.",
@@ -52,7 +52,7 @@ class Training:
         epochs: passes over the training images.
         batch_size: images a step.
         k: posterior samples for each image in a step.
-        optimiser: `adam`, or `muon` for the hidden layers' matrices with Adam for the rest.
+        optimiser: `adam`, or `muon` for wide matrices with Adam for the rest.
         lr: the peak learning rate.
         schedule: of the learning rate, over the whole of training.
         clip: largest norm of the gradient of a step; 0 for no clipping.

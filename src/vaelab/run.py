@@ -7,7 +7,8 @@
     evaluation.json     what `vaelab evaluate` measured
     report/             what `vaelab report` drew
 
-Every file is written under a temporary name, flushed, and renamed.
+Every file is written under a temporary name, flushed, and renamed; only metrics.jsonl grows by a line at a time, and a
+last line that was cut off is left out when it is read.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from vaelab import __version__
 from vaelab.errors import RunError, UsageError, VaelabError
 from vaelab.recipes import Recipe
-from vaelab.registry import build
+from vaelab.registry import build, foreign_classes
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class Run:
         claim_folder(path)
         run = cls(path)
         write_json(run.config, {"format": FORMAT, **recipe.to_dict()})
-        write_json(path / "env.json", {**environment(), **facts})
+        write_json(path / "env.json", {**environment(), "foreign_classes": foreign_classes(recipe.model), **facts})
         return run
 
     @classmethod
@@ -122,7 +123,7 @@ class Run:
     def append(self, record: dict[str, Any]) -> None:
         """Add one record to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl. Raises RunError for a line that is not JSON."""
@@ -130,7 +131,8 @@ class Run:
         if not path.is_file():
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+            whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+            return [json.loads(line) for line in whole.splitlines() if line]
         except ValueError as error:
             raise RunError(f"'{path}' is damaged: {error}") from None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaelab.errors import Interrupted, UsageError, unknown_name
+from vaelab.errors import Interrupted, RunError, UsageError, unknown_name
 from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def run_study(
     _claim(folder, settings, overwrite)
     arms = {key: Arm(key, label, description) for key, (label, description, _) in chosen.arms.items()}
     with stage("train the classifier that reads the samples") as update:
-        classifier, accuracy = classifier_for(data, on_progress=lambda done: update(done, ""))
+        classifier, accuracy = classifier_for(data, on_progress=lambda done: (_go_on(stop), update(done, ""))[1])
         update(1.0, "no labels: skipped" if accuracy is None else f"test accuracy {accuracy:.2%}")
     cells: list[Cell] = []
     for i in range(len(next(iter(recipes.values())))):
@@ -154,6 +154,7 @@ def run_study(
             cells.append(Cell(arm, run, model, evaluation))
     with stage("figures and report") as update:
         drawn = build.draw(folder, cells, data)
+        _go_on(stop)
         update(0.8, "")
         values = build.aggregate(cells)
         described = cells[0].evaluation.protocol
@@ -175,7 +176,7 @@ def run_study(
 def _go_on(stop: Callable[[], str | None]) -> None:
     if reason := stop():
         raise Interrupted(
-            reason, "during evaluation; the trained runs are kept, and the same command goes on from them"
+            reason, "between trainings; the trained runs are kept, and the same command goes on from them"
         )
 
 
@@ -216,11 +217,14 @@ def _trained(
     path = folder / "runs" / f"{arm.key}-seed{wanted.seed}"
     label = f"train {arm.label}, seed {wanted.seed}"
     if path.is_dir():
-        run = Run.open(path)
-        if run.finished:
+        try:
+            finished = Run.open(path).finished
+        except RunError:  # killed while it was being written
+            finished = False
+        if finished:
             with stage(label) as update:
                 update(1.0, "kept from before")
-            return run
+            return Run(path)
         shutil.rmtree(path)
     with stage(label) as update:
 

@@ -111,52 +111,58 @@ def fit(
 
     history: list[Record] = []
     seconds, step = 0.0, 0
-    for epoch in range(1, training.epochs + 1):
-        start, meter = time.perf_counter(), Meter(device)
-        order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
-        for batch in order.split(training.batch_size):
-            noise = stream(seed, "noise", step, device=device)
-            x = protocol.training_batch(pixels[batch], noise)
-            with precision.autocast(device):
-                trace: Trace = model.trace(x, k=training.k, generator=noise)  # type: ignore[operator]
-            loss = objective(trace, step).loss
-            loss.backward()
-            if not math.isfinite(loss.item()):
-                raise NonFiniteError(
-                    f"the loss of step {step} (epoch {epoch}) is {loss.item()}: lower --lr, or try --precision float32"
-                )
-            meter.add(trace, optimiser.step(step))
-            step += 1
-            if meter.due():
-                now = seconds + time.perf_counter() - start
-                on_progress(meter.progress(epoch, training.epochs, step, steps, training.batch_size, now))
-            reason = stop()
-            if reason:
-                optimiser.finish()
-                raise Interrupted(reason, f"after step {step} of {steps}")
-        seconds += time.perf_counter() - start
+    try:
+        for epoch in range(1, training.epochs + 1):
+            start, meter = time.perf_counter(), Meter(device)
+            order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
+            for batch in order.split(training.batch_size):
+                noise = stream(seed, "noise", step, device=device)
+                x = protocol.training_batch(pixels[batch], noise)
+                with precision.autocast(device):
+                    trace: Trace = model.trace(x, k=training.k, generator=noise)  # type: ignore[operator]
+                loss = objective(trace, step).loss
+                loss.backward()
+                if not math.isfinite(loss.item()):
+                    raise NonFiniteError(
+                        f"the loss of step {step} (epoch {epoch}) is {loss.item()}: lower --lr, or try --precision float32"
+                    )
+                norm = optimiser.step(step)
+                if not math.isfinite(norm):
+                    raise NonFiniteError(
+                        f"the gradient of step {step} (epoch {epoch}) is not finite: lower --lr, or try --precision float32"
+                    )
+                meter.add(trace, norm)
+                step += 1
+                if meter.due():
+                    now = seconds + time.perf_counter() - start
+                    on_progress(meter.progress(epoch, training.epochs, step, steps, training.batch_size, now))
+                reason = stop()
+                if reason:
+                    raise Interrupted(reason, f"after step {step} of {steps}")
+            seconds += time.perf_counter() - start
 
-        rate, distortion = meter.means()
-        with optimiser.evaluated():
-            tested = test_metrics(model, test, seed)
-        if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
-            raise NonFiniteError(
-                f"rate or distortion is not finite after step {step - 1} (epoch {epoch}): lower --lr, "
-                "or try --precision float32"
-            )
-        record = {
-            "epoch": epoch,
-            "step": step,
-            "seconds": round(seconds, 3),
-            "images_per_second": round(len(pixels) * epoch / seconds, 1),
-            "gradient_norm": {"mean": meter.norm_sum / meter.steps, "max": meter.norm_max},
-            "train": {"rate": rate, "distortion": distortion},
-            "test": tested,
-        }
-        history.append(record)
-        on_epoch(record)
-    optimiser.finish()
-    model.eval()
+            rate, distortion = meter.means()
+            with optimiser.evaluated():
+                tested = test_metrics(model, test, seed)
+            if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
+                raise NonFiniteError(
+                    f"rate or distortion is not finite after step {step - 1} (epoch {epoch}): lower --lr, "
+                    "or try --precision float32"
+                )
+            record = {
+                "epoch": epoch,
+                "step": step,
+                "seconds": round(seconds, 3),
+                "images_per_second": round(len(pixels) * epoch / seconds, 1),
+                "gradient_norm": {"mean": meter.norm_sum / meter.steps, "max": meter.norm_max},
+                "train": {"rate": rate, "distortion": distortion},
+                "test": tested,
+            }
+            history.append(record)
+            on_epoch(record)
+    finally:  # whatever happened, the model is left with float32 weights of its own
+        optimiser.finish()
+        model.eval()
     return history
 
 
@@ -203,7 +209,8 @@ def _check_fit(model: nn.Module, data: Dataset, protocol: Protocol, training: Tr
     check(protocol, model.likelihood)  # type: ignore[arg-type]
     if training.batch_size > len(data.train):
         raise UsageError(
-            f"batch_size is {training.batch_size} and there are {len(data.train)} training images: choose a smaller one"
+            f"batch_size is {training.batch_size} and there are {len(data.train)} training images: "
+            f"choose --batch-size {max(1, min(32, len(data.train)))}, say"
         )
 
 

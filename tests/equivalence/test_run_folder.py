@@ -107,9 +107,16 @@ def test_a_model_that_cannot_be_built_is_an_error_of_the_run(run, old, new):
         Run.open(run.path).model()
 
 
+def test_a_last_line_that_was_cut_off_is_left_out(run):
+    """What a kill in the middle of a write leaves."""
+    before, path = run.history(), run.path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"epoch": 2, "st')
+    assert before and run.history() == before
+
+
 def test_damaged_metrics_name_the_file(run):
     path = run.path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"epoch": 2, "st')
+    path.write_text(path.read_text() + '{"epoch": 2, "st\n{"epoch": 3}\n')
     with pytest.raises(RunError, match="damaged") as caught:
         run.history()
     assert str(path) in str(caught.value)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vaelab.cli.console import Stages
+from vaelab.cli.console import Output, Stages, note
 from vaelab.data import datasets
 from vaelab.data.datasets import Dataset
 from vaelab.errors import DataError, UsageError
@@ -12,6 +12,11 @@ from vaelab.run import Run
 def load_data(name: str, data_dir: Path | None, stages: Stages) -> Dataset:
     """The data set of that name, with progress where it is fetched."""
     return datasets.load(name, data_dir, stages.fetch())
+
+
+def absolute(name: str) -> str:
+    """A data name as a run keeps it: paths made absolute, so that the run finds its data from any folder."""
+    return name if name in datasets.NAMES else str(Path(name).resolve())
 
 
 def data_of(run: Run, data_dir: Path | None, stages: Stages) -> Dataset:
@@ -26,10 +31,24 @@ def data_of(run: Run, data_dir: Path | None, stages: Stages) -> Dataset:
     return data
 
 
+def open_run(path: Path, output: Output) -> Run:
+    """A run, with a note where its training was not finished."""
+    run = Run.open(path)
+    epochs, wanted = len(run.history()), run.recipe().training.epochs
+    if run.weights.is_file() and epochs < wanted:
+        note(
+            f"{path}: training was interrupted after {epochs} of {wanted} epochs; these are the weights of that moment",
+            output,
+        )
+    return run
+
+
 def check_device(device: str) -> None:
     """Raises UsageError for a device that is not there."""
     import torch
 
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}' cannot be used: expected cpu, cuda or cuda:N")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -29,19 +29,19 @@ def evaluate(
 
     Example: `vaelab evaluate runs/mnist-1 -k 5000`
     """
-    from vaelab.cli.common import data_of
+    from vaelab.cli.common import data_of, open_run
     from vaelab.data.protocol import protocol
     from vaelab.errors import UsageError
     from vaelab.evaluation import evaluate as measure
     from vaelab.legibility import classifier_for
     from vaelab.report.metrics import METRICS
-    from vaelab.run import Run, write_json
+    from vaelab.run import write_json
 
     if not runs:
         raise UsageError("no run was given: vaelab evaluate RUN")
     stages = console.Stages(output)
     documents = {}
-    for run in [Run.open(path) for path in runs]:
+    for run in [open_run(path, output) for path in runs]:
         model, data = run.model(), data_of(run, data_dir, stages)
         with stages("train the classifier that reads the samples") as update:
             classifier, _ = classifier_for(data, on_progress=lambda done: update(done, ""))

@@ -20,19 +20,19 @@ def report(
 
     Example: `vaelab report runs/mnist-1`
     """
-    from vaelab.cli.common import data_of
+    from vaelab.cli.common import data_of, open_run
     from vaelab.data.protocol import protocol
     from vaelab.evaluation import evaluate
     from vaelab.legibility import classifier_for
     from vaelab.report import build
     from vaelab.report.page import text_table
-    from vaelab.run import Run, claim_folder, write_json
+    from vaelab.run import claim_folder, write_json
 
-    opened = Run.open(run)
+    opened = open_run(run, output)
     folder = out or run / "report"
     stages = console.Stages(output)
     model, data = opened.model(), data_of(opened, data_dir, stages)
-    if not (folder / "report.json").is_file():
+    if not (folder / "report.json").is_file() or (folder / "study.json").exists():
         claim_folder(folder)
     with stages("train the classifier that reads the samples") as update:
         classifier, accuracy = classifier_for(data, on_progress=lambda done: update(done, ""))

@@ -24,12 +24,12 @@ def sample(
 
     Example: `vaelab sample runs/mnist-1 -n 64 --out samples.png`
     """
+    from vaelab.cli.common import open_run
     from vaelab.errors import UsageError
-    from vaelab.run import Run
 
     if not 1 <= n <= 10_000:
         raise UsageError(f"n is {n}: expected 1 to 10,000 images")
-    opened = Run.open(run)
+    opened = open_run(run, output)
     path = out or run / "samples.png"
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out is '{path}': expected a name that ends in .png")
@@ -51,4 +51,8 @@ def sample(
         figures.save(figures.generation(images.numpy(), "Samples of the prior", f"z ~ N(0, I), {how}"), path)
     except OSError as error:
         raise UsageError(f"cannot write '{path}': {error.strerror or error}; choose another --out") from None
-    console.result({"file": str(path), "n": n, "shows": how}, output, lambda: console.text(f"{n} samples: {path}"))
+    console.result(
+        {"file": str(path), "n": n, "shows": how},
+        output,
+        lambda: console.text(f"{n} drawn: {path}"),
+    )

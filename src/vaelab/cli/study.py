@@ -31,7 +31,7 @@ def _body(name: str) -> Any:
         start = time.perf_counter()
         given = {key: value for key, value in fields.items() if value is not None}
         recipe(study(name).recipe, **{k: v for k, v in given.items() if k != "data"})  # out-of-range values end here
-        from vaelab.cli.common import check_device, load_data
+        from vaelab.cli.common import absolute, check_device, load_data
         from vaelab.report.page import text_table
         from vaelab.studies import recipes_of, run_study
 
@@ -39,7 +39,7 @@ def _body(name: str) -> Any:
         stages = console.Stages(output)
         data_name, seed = given.pop("data"), given.pop("seed")
         data = load_data(data_name, data_dir, stages)
-        recipes = recipes_of(name, data, data_name, seeds, seed, **given)
+        recipes = recipes_of(name, data, absolute(data_name), seeds, seed, **given)
         with console.interruptible() as stop:
             report = run_study(
                 name, out, data, recipes, overwrite=overwrite, device=device, stage=stages, stop=stop

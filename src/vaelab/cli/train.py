@@ -25,14 +25,14 @@ def _body(name: str) -> Any:
         fields: dict[str, Any],
     ) -> None:
         recipe(name, **fields)  # out-of-range values end here, before data is fetched or torch imported
-        from vaelab.cli.common import check_device, load_data
+        from vaelab.cli.common import absolute, check_device, load_data
         from vaelab.training import Progress, train
 
         check_device(device)
         stages = console.Stages(output)
         data = load_data(fields["data"], data_dir, stages)
         path = out or _free(name)
-        resolved = recipe(name, data.shape, **fields)
+        resolved = recipe(name, data.shape, **{**fields, "data": absolute(fields["data"])})
         with stages(f"train {name}") as update, console.interruptible() as stop:
 
             def show(p: Progress) -> None:

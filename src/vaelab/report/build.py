@@ -41,9 +41,9 @@ class Cell:
 
 
 def aggregate(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
-    """values[metric][arm]: mean and standard error over the runs of the arm; over images where there is one run.
+    """values[metric][arm]: mean and standard error over the runs of the arm, none where there is one run; n counts runs.
 
-    `n` counts runs, and `over` says what the standard error is over.
+    `se_over_images` holds each run's standard error over images.
     """
     values: dict[str, dict[str, dict[str, Any]]] = {}
     for arm in dict.fromkeys(cell.arm for cell in cells):
@@ -80,7 +80,8 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
         figures.save(figure, folder / "images" / f"{name}.png")
         made.append({"file": f"images/{name}.png", "title": title, "caption": caption, "alt": f"{title}. {caption}"})
 
-    test = protocol_named(shown[0].run.recipe().protocol).test_set(data.test.pixels)
+    protocol = protocol_named(shown[0].run.recipe().protocol)
+    test, train = protocol.test_set(data.test.pixels), protocol.test_set(data.train.pixels[:10_000])
     pick = _of_every_class(data)
     labels = None if data.test.labels is None else data.test.labels[pick]
     codes = codes_of(shown[0].model, test[pick])
@@ -99,7 +100,7 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
             "The decoder's mean at codes drawn from N(0, I): grey is the probability of ink, not a sample of pixels.",
         )  # fmt: skip
         if index:
-            z = fitted_codes(cell.model, test, SHOWN, seed)
+            z = fitted_codes(cell.model, train, SHOWN, seed)
             add(
                 figures.generation(
                     decoded(cell.model, z).numpy(), f"Samples of a fitted Gaussian, {cell.arm.label}",
