@@ -8,7 +8,7 @@ The data set lives in memory as bytes; there are no loader processes. All noise 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,9 @@ def fit(
             seconds += time.perf_counter() - start
 
             rate, distortion = meter.means()
-            with optimiser.evaluated():
+            # the curve is followed in the training's precision, which is faster; its last point is in float32
+            followed = nullcontext() if epoch == training.epochs else precision.autocast(device)
+            with optimiser.evaluated(), followed:
                 tested = test_metrics(model, test, seed)
             if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
                 raise NonFiniteError(
@@ -234,7 +236,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def test_metrics(model: nn.Module, images: Tensor, seed: int, batch_size: int = 1000) -> dict[str, float | None]:
-    """Rate and distortion of the test images in float32, with the same noise at every call, in nats per image."""
+    """Rate and distortion of the test images, with the same noise at every call, in nats per image."""
     meter = Meter(images.device)
     with evaluating(model):
         for i, x in enumerate(images.split(batch_size)):
