@@ -13,10 +13,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vaelab.errors import NoDensity
+from vaelab.errors import NoDensity, UsageError
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -37,6 +36,26 @@ class Distribution(ABC):
     @abstractmethod
     def mean(self) -> Tensor:
         """The mean, (*batch, *event)."""
+
+    def draw(self, k: int = 1, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """`k` samples (K, *batch, *event), and their log density (K, *batch) where drawing gives it for nothing."""
+        return self.rsample(k, generator), None
+
+    def log_prob_each(self, value: Tensor) -> Tensor:
+        """log density of each event dimension, (K, B, *event), where the distribution factorises over them.
+
+        Raises:
+            UsageError: it does not factorise.
+        """
+        raise UsageError(f"{type(self).__name__} does not factorise over its dimensions")
+
+    def log_tail(self, radius: float) -> float:
+        """An upper bound on the log of the mass at a distance of more than `radius` from the origin.
+
+        Raises:
+            UsageError: no bound is known.
+        """
+        raise UsageError(f"no bound on the tail of {type(self).__name__} is known")
 
     def cross_log_prob(self, values: Tensor) -> Tensor:
         """log density of each of the values (N, *event) under each of the distributions (1, G, *event): (G, N)."""
@@ -82,8 +101,11 @@ class DiagGaussian(Distribution):
         return self.log_std.exp()
 
     def log_prob(self, value: Tensor) -> Tensor:
+        return sum_event(self.log_prob_each(value), self.event_dim)
+
+    def log_prob_each(self, value: Tensor) -> Tensor:
         scaled = (value - self.mean_) * torch.exp(-self.log_std)
-        return sum_event(-0.5 * scaled.square() - self.log_std - 0.5 * LOG_2PI, self.event_dim)
+        return -0.5 * scaled.square() - self.log_std - 0.5 * LOG_2PI
 
     def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
         # z = mu + sigma * eps: the reparameterisation (Kingma & Welling 2014, arXiv 1312.6114, section 2.4)
@@ -110,58 +132,6 @@ class Delta(Distribution):
 
     def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
         return self.point.expand(k, *self.point.shape)
-
-
-class _BernoulliLogProb(torch.autograd.Function):
-    """Row sums of x * l - log(1 + e^l), with the backward written by hand: (x - sigmoid(l)) * grad.
-
-    Autograd through log-sigmoid keeps several tensors of the size of the images and does not vectorise well; this keeps
-    one and reads each pixel once in each direction.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, x: Tensor) -> Tensor:  # logits (..., P), x broadcast to it
-        ctx.save_for_backward(logits, x)
-        wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        return (wide * x - F.softplus(wide, threshold=40)).sum(-1)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None]:
-        logits, x = ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        return ((x - torch.sigmoid(logits)) * grads[0].unsqueeze(-1)).to(logits.dtype), None
-
-
-@dataclass(frozen=True, eq=False)
-class Bernoulli(Distribution):
-    """Independent binary values with the given `logits` (*batch, *event).
-
-    log p(x) = x * l - log(1 + e^l), so grey levels in [0, 1] give the cross-entropy that many labs minimise; that is not
-    the log of a probability (see `vaelab.likelihoods.GreyCrossEntropy`).
-    """
-
-    logits: Tensor
-    event_dim: int = 3
-
-    @property
-    def mean(self) -> Tensor:
-        return torch.sigmoid(self.logits)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        logits = self.logits.flatten(-self.event_dim)
-        return _BernoulliLogProb.apply(logits, value.flatten(-self.event_dim))  # type: ignore[no-any-return]
-
-    def cross_log_prob(self, values: Tensor) -> Tensor:
-        # one matrix product: sum_i x_i l_i for every pair, minus what depends on l alone
-        logits = self.logits.flatten(-self.event_dim)[0]
-        return logits @ values.flatten(1).T - F.softplus(logits, threshold=40).double().sum(-1, True).to(logits)
-
-    def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Samples in {0, 1}; they carry no gradient."""
-        p = self.mean.detach()
-        u = torch.rand((k, *p.shape), generator=generator, dtype=p.dtype, device=p.device)
-        return (u < p).to(p.dtype)
 
 
 def closed_form_kl(q: Distribution, p: Distribution) -> Tensor | None:

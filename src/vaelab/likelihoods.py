@@ -12,25 +12,40 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vaelab.distributions import Bernoulli as BernoulliDistribution
+from vaelab.nn.label import WithLabel
+from vaelab.pixels import Bernoulli as BernoulliPixels
 
 
-class Bernoulli(nn.Module):
-    """Independent bits: decoder from z (K, B, *D) to logits (K, B, *X)."""
+class Likelihood(nn.Module):
+    """A decoder network and what its outputs mean.
 
-    measures: ClassVar[tuple[str, ...]] = ("binary",)
+    Args:
+        decoder: codes z (K, B, *D) to parameters, (K, B, *X) or more channels; wrapped in `WithLabel` if it reads labels.
+    """
+
+    measures: ClassVar[tuple[str, ...]]
     normalised: ClassVar[bool] = True
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, z: Tensor) -> BernoulliDistribution:
-        logits = self.decoder(z)
-        return BernoulliDistribution(logits, event_dim=logits.dim() - 2)
+    def parameters_at(self, z: Tensor, c: Tensor | None) -> Tensor:
+        """What the decoder says at codes z (K, B, *D), for labels c (B,)."""
+        return self.decoder(z, c) if isinstance(self.decoder, WithLabel) else self.decoder(z)
 
 
-class GreyCrossEntropy(nn.Module):
+class Bernoulli(Likelihood):
+    """Independent bits: decoder from z (K, B, *D) to logits (K, B, *X)."""
+
+    measures: ClassVar[tuple[str, ...]] = ("binary",)
+
+    def forward(self, z: Tensor, c: Tensor | None = None) -> BernoulliPixels:
+        logits = self.parameters_at(z, c)
+        return BernoulliPixels(logits, event_dim=logits.dim() - 2)
+
+
+class GreyCrossEntropy(Likelihood):
     """Bernoulli cross-entropy on grey levels in [0, 1]: what the classic examples minimise.
 
     -sum_i x_i log p_i + (1 - x_i) log(1 - p_i) is not the negative log of any normalised density of a grey image, so a
@@ -40,10 +55,6 @@ class GreyCrossEntropy(nn.Module):
     measures: ClassVar[tuple[str, ...]] = ("grey",)
     normalised: ClassVar[bool] = False
 
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, z: Tensor) -> BernoulliDistribution:
-        logits = self.decoder(z)
-        return BernoulliDistribution(logits, event_dim=logits.dim() - 2)
+    def forward(self, z: Tensor, c: Tensor | None = None) -> BernoulliPixels:
+        logits = self.parameters_at(z, c)
+        return BernoulliPixels(logits, event_dim=logits.dim() - 2)

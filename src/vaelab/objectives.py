@@ -9,11 +9,15 @@ Every known objective is a reading of the same trace:
 The estimate's `bound` is always the true bound, whatever the loss: evaluation and training speak the same numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vaelab.errors import NoDensity, UsageError
 from vaelab.schedules import Schedule, at
 from vaelab.trace import Estimate, Trace
+
+Objective = Callable[[Trace, int], Estimate]
+"""What training differentiates, from a trace and the number of the step."""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,6 @@ class _GaussianPixels(nn.Module):
         self.weight, self.bias = nn.Parameter(oracle.weight.clone()), nn.Parameter(oracle.bias.clone())
         self.log_std = nn.Parameter(torch.tensor(math.log(oracle.std), dtype=torch.float64))
 
-    def forward(self, z: Tensor) -> DiagGaussian:
+    def forward(self, z: Tensor, c: Tensor | None = None) -> DiagGaussian:
         mean = z @ self.weight.T + self.bias
         return DiagGaussian(mean, self.log_std.expand_as(mean))

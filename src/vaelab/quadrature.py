@@ -111,6 +111,7 @@ class _Integral:
     def __init__(self, model: VAE, x: Tensor, tolerance: float, max_levels: int) -> None:
         self.model, self.x, self.tolerance, self.max_levels = model, x, tolerance, max_levels
         self.dim, self.n = model.latent_dim, len(x)
+        self.prior = model.latent_prior()
         nodes, weights = np.polynomial.legendre.leggauss(POINTS)
         mesh = np.meshgrid(*[nodes] * self.dim, indexing="ij")
         self.nodes = np.stack([m.ravel() for m in mesh], 1) / 2  # in units of the tile's side
@@ -208,7 +209,7 @@ class _Integral:
         z = torch.from_numpy((centres[:, None, :] + side * self.nodes).reshape(-1, self.dim)).to(self.x)
         self.points += len(z)
         weights = torch.from_numpy(np.tile(self.log_weights, len(centres)) + self.dim * math.log(side))
-        return self.model.decode(z.unsqueeze(0)), self.model.prior().log_prob(z) + weights.to(z)
+        return self.model.decode(z.unsqueeze(0)), self.prior.log_prob(z) + weights.to(z)
 
     def _share(self, px: Distribution, log_pz: Tensor, tiles: int, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log of each tile's share of each image's integral, (T, I), and the largest log p(x|z) seen, (I,)."""

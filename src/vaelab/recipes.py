@@ -156,7 +156,7 @@ def mnist_2d(
     frequency: float = 0.7,
     activation: str = "silu",
     beta: float = 1.0,
-    epochs: int = 15,
+    epochs: int = 14,
     batch_size: int = 256,
     k: int = 1,
     optimiser: str = "adam",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]
 """Opens a line of progress: the label goes in, and what comes out is called with the fraction done and a text."""
 
-IS_IMAGES = 250
+IS_IMAGES = 100
 """Test images that a study importance-samples, beside the exact value for all."""
 MIN_STEPS = 2500
 """Small data sets get enough epochs for this many steps, unless the epochs are given."""

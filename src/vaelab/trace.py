@@ -23,16 +23,20 @@ from vaelab.distributions import Distribution, closed_form_kl
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One stochastic layer: its posterior `q`, its prior `p` and the samples `z` (K, B, *D)."""
+    """One stochastic layer: its posterior `q`, its prior `p` and the samples `z` (K, B, *D).
+
+    `drawn_log_q` is log q(z|x) where drawing z gave it (a flow); else it is computed when it is asked for.
+    """
 
     q: Distribution
     p: Distribution
     z: Tensor
+    drawn_log_q: Tensor | None = None
 
     @cached_property
     def log_q(self) -> Tensor:
         """log q(z|x), (K, B). Raises NoDensity for a Dirac posterior."""
-        return self.q.log_prob(self.z)
+        return self.q.log_prob(self.z) if self.drawn_log_q is None else self.drawn_log_q
 
     @cached_property
     def log_p(self) -> Tensor:
@@ -55,12 +59,14 @@ class Trace:
         log_px: log p(x|z), (K, B).
         levels: the stochastic layers, from the one nearest to the image.
         aux: a scalar that enters what is differentiated (a commitment loss, say), never a bound.
+        noise: where an objective that needs further randomness (samples of the prior) takes it from.
     """
 
     px: Distribution
     log_px: Tensor
     levels: tuple[Level, ...]
     aux: Tensor | None = None
+    noise: torch.Generator | None = None
 
     @property
     def distortion(self) -> Tensor:

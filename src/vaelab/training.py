@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelab.data.datasets import Dataset
+from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import Protocol, check
 from vaelab.data.protocol import protocol as protocol_named
 from vaelab.errors import Interrupted, NoDensity, NonFiniteError, UsageError
 from vaelab.models.vae import VAE
-from vaelab.objectives import ELBO
+from vaelab.objectives import Objective
 from vaelab.optim import Optimiser
 from vaelab.precision import choose
 from vaelab.recipes import Recipe, Training
@@ -62,8 +62,8 @@ Record = dict[str, Any]
 
 
 def fit(
-    model: nn.Module,
-    objective: ELBO,
+    model: VAE,
+    objective: Objective,
     data: Dataset,
     protocol: Protocol,
     training: Training,
@@ -77,7 +77,7 @@ def fit(
     """Fit a model to a data set. The model is changed in place, and holds the averaged weights afterwards.
 
     Args:
-        model: a `VAE`, or anything with the same `trace`.
+        model: a `VAE`; a conditional one is given the labels.
         objective: what is differentiated, see `vaelab.objectives`.
         data: images as bytes.
         protocol: how bytes become what the model sees.
@@ -101,6 +101,7 @@ def fit(
     model.to(device).train()
     pixels = torch.from_numpy(data.train.pixels).to(device)
     test = protocol.test_set(data.test.pixels).to(device)
+    labels, test_labels = labels_for(model, data.train, device), labels_for(model, data.test, device)
     precision = choose(training.precision, device)
     steps_per_epoch = math.ceil(len(pixels) / training.batch_size)
     steps = steps_per_epoch * training.epochs
@@ -118,8 +119,9 @@ def fit(
             for batch in order.split(training.batch_size):
                 noise = stream(seed, "noise", step, device=device)
                 x = protocol.training_batch(pixels[batch], noise)
+                c = None if labels is None else labels[batch]
                 with precision.autocast(device):
-                    trace: Trace = model.trace(x, k=training.k, generator=noise)  # type: ignore[operator]
+                    trace = model.trace(x, c, k=training.k, generator=noise)
                 loss = objective(trace, step).loss
                 loss.backward()
                 if not math.isfinite(loss.item()):
@@ -145,7 +147,7 @@ def fit(
             # the curve is followed in the training's precision, which is faster; its last point is in float32
             followed = nullcontext() if epoch == training.epochs else precision.autocast(device)
             with optimiser.evaluated(), followed:
-                tested = test_metrics(model, test, seed)
+                tested = test_metrics(model, test, test_labels, seed)
             if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
                 raise NonFiniteError(
                     f"rate or distortion is not finite after step {step - 1} (epoch {epoch}): lower --lr, "
@@ -207,8 +209,28 @@ def check_recipe(recipe: Recipe, data: Dataset) -> None:
     _check_fit(initial_model(recipe), data, protocol_named(recipe.protocol), recipe.training)
 
 
-def _check_fit(model: nn.Module, data: Dataset, protocol: Protocol, training: Training) -> None:
-    check(protocol, model.likelihood)  # type: ignore[arg-type]
+def labels_for(model: VAE, images: Images, device: torch.device | str = "cpu") -> Tensor | None:
+    """The labels (N,) that a conditional model needs, None for any other.
+
+    Raises:
+        UsageError: the images have no labels, or more kinds than the model knows.
+    """
+    if model.classes is None:
+        return None
+    if images.labels is None:
+        raise UsageError("this model is conditional and the data has no labels: choose labelled data, or another model")
+    if int(images.labels.max(initial=0)) >= model.classes:
+        raise UsageError(
+            f"the data has the label {int(images.labels.max())} and this model knows 0 to {model.classes - 1}: "
+            "build it with more classes"
+        )
+    return torch.from_numpy(images.labels.astype("int64")).to(device)
+
+
+def _check_fit(model: VAE, data: Dataset, protocol: Protocol, training: Training) -> None:
+    check(protocol, model.likelihood)
+    labels_for(model, data.train)
+    labels_for(model, data.test)
     if training.batch_size > len(data.train):
         raise UsageError(
             f"batch_size is {training.batch_size} and there are {len(data.train)} training images: "
@@ -235,12 +257,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(mode)
 
 
-def test_metrics(model: nn.Module, images: Tensor, seed: int, batch_size: int = 1000) -> dict[str, float | None]:
+def test_metrics(
+    model: VAE, images: Tensor, labels: Tensor | None, seed: int, batch_size: int = 1000
+) -> dict[str, float | None]:
     """Rate and distortion of the test images, with the same noise at every call, in nats per image."""
     meter = Meter(images.device)
     with evaluating(model):
         for i, x in enumerate(images.split(batch_size)):
-            meter.add(model.trace(x, generator=stream(seed, "eval", i, device=images.device)))  # type: ignore[operator]
+            c = None if labels is None else labels[i * batch_size : (i + 1) * batch_size]
+            meter.add(model.trace(x, c, generator=stream(seed, "eval", i, device=images.device)))
     rate, distortion = meter.means()
     return {"rate": rate, "distortion": distortion}
 

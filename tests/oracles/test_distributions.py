@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from vaelab.distributions import Bernoulli, Delta, DiagGaussian, closed_form_kl
+from vaelab.distributions import Delta, DiagGaussian, closed_form_kl
 from vaelab.errors import NoDensity
+from vaelab.pixels import Bernoulli
 from vaelab.rng import stream
 
 F64 = torch.float64

@@ -60,13 +60,19 @@ class Protocol:
 def _bits(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
     """Bernoulli(pixel / 255), to within 2^-16, from 16 random bits a pixel.
 
-    Four pixels share one draw of the generator: a float for each took a twentieth of a training step. The comparison is
-    of signed 16-bit integers, where pixel * 257 - 2^15 runs over the whole range.
+    Four pixels share one 64-bit draw: a float for each took a twentieth of a training step. On the CPU they come from
+    NumPy's SFC64, seeded from the generator, which draws five times as fast as torch's Mersenne Twister. The comparison
+    is of signed 16-bit integers, where pixel * 257 - 2^15 runs over the whole range.
     """
     import torch
 
-    words = torch.empty(-(-pixels.numel() // 4), dtype=torch.int64, device=pixels.device)
-    words.random_(-(2**63), None, generator=generator)
+    count = -(-pixels.numel() // 4)
+    if pixels.device.type == "cpu":
+        seed = int(torch.empty((), dtype=torch.int64).random_(0, None, generator=generator))
+        words = torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
+    else:
+        words = torch.empty(count, dtype=torch.int64, device=pixels.device)
+        words.random_(-(2**63), None, generator=generator)
     noise = words.view(torch.int16)[: pixels.numel()].view(pixels.shape)
     return (noise < pixels.to(torch.int16).mul_(257).add_(-(2**15))).float()
 

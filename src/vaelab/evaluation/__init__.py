@@ -14,8 +14,6 @@ float64 accumulation, with its standard error over images; a quantity that does 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from vaelab.data.datasets import Dataset
 from vaelab.data.protocol import TEST_DRAW_SEED, Protocol
 from vaelab.distributions import DiagGaussian
 from vaelab.errors import NoDensity, UsageError
+from vaelab.evaluation.quantity import Evaluation, Quantity, to_numpy
 from vaelab.legibility import Classifier, legibility
 from vaelab.models.vae import VAE
 from vaelab.quadrature import log_likelihood
@@ -38,56 +37,6 @@ PRIOR_MASS = 1 - math.exp(-4.5)
 """Mass of a 2-D standard normal inside its 3-sigma circle: 98.9 %. In D dimensions, the ball with the same mass."""
 NEIGHBOURS = 5
 DISTORTION_SAMPLES = 4
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A number with its standard error over n images, or the reason why there is none."""
-
-    mean: float | None
-    se: float | None = None
-    n: int = 0
-    reason: str = ""
-
-    @classmethod
-    def over_images(cls, values: np.ndarray) -> "Quantity":
-        """Mean and standard error of one value an image; not finite anywhere: no number, and which images."""
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
-            shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-            return cls(None, reason=f"not finite for {len(bad)} of {len(values)} images ({shown})", n=len(values))
-        se = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-        return cls(float(values.mean()), se, len(values))
-
-    @classmethod
-    def of(cls, value: float, n: int) -> "Quantity":
-        """A number over n images without a standard error; not finite: no number, and the reason."""
-        return cls(float(value), None, n) if math.isfinite(value) else cls(None, None, n, f"not finite: {value}")
-
-    @classmethod
-    def missing(cls, reason: str) -> "Quantity":
-        return cls(None, reason=reason)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured.
-
-    Attributes:
-        quantities: by name, see the module's notes.
-        protocol: how it was measured: protocol of the data, seed of the test draw, K, images.
-        codes: posterior means of the test images (N, D), float64.
-        per_image: arrays (N,) in nats: elbo, rate, distortion, log_px where they exist.
-    """
-
-    quantities: dict[str, Quantity]
-    protocol: dict[str, Any]
-    codes: np.ndarray
-    per_image: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for evaluation.json; arrays are left out."""
-        return {"quantities": {k: asdict(v) for k, v in self.quantities.items()}, "protocol": self.protocol}
 
 
 def evaluate(
@@ -146,11 +95,11 @@ def _bound(
     for i, part in enumerate(x.split(1000)):
         trace = model.trace(part, k=DISTORTION_SAMPLES, generator=stream(seed, "eval", i, device=x.device))
         q = trace.levels[0].q
-        codes.append(_numpy(q.mean))
-        sigmas.append(_numpy(q.std) if isinstance(q, DiagGaussian) else np.zeros_like(codes[-1]))
-        distortions.append(_numpy(trace.distortion))
+        codes.append(to_numpy(q.mean))
+        sigmas.append(to_numpy(q.std) if isinstance(q, DiagGaussian) else np.zeros_like(codes[-1]))
+        distortions.append(to_numpy(trace.distortion))
         try:
-            rates.append(_numpy(trace.rate))
+            rates.append(to_numpy(trace.rate))
         except NoDensity as error:
             no_rate = str(error)
     arrays = {"distortion": np.concatenate(distortions)}
@@ -236,7 +185,7 @@ def importance_sampled(
     with evaluating(model):
         for i, part in enumerate(x.split(chunk)):
             noise = stream(seed, "importance", i, device=x.device)
-            q, p = model.encode(part), model.prior()
+            q, p = model.encode(part), model.latent_prior()
             parts = []
             for start in range(0, k, max(1, budget // len(part))):
                 z = q.rsample(min(k - start, max(1, budget // len(part))), noise)
@@ -245,15 +194,15 @@ def importance_sampled(
                 parts.append(torch.stack([log_w.double().logsumexp(0), (2 * log_w.double()).logsumexp(0)]))
                 on_progress((i * chunk + len(part) * (start + len(z)) / k) / len(x))
             first, second = torch.stack(parts).logsumexp(0)
-            log_px.append(_numpy(first - math.log(k)))
-            ess.append(_numpy(torch.exp(2 * first - second)))
+            log_px.append(to_numpy(first - math.log(k)))
+            ess.append(to_numpy(torch.exp(2 * first - second)))
     return np.concatenate(log_px), np.concatenate(ess)
 
 
 def codes_of(model: VAE, images: Tensor, batch_size: int = 2000) -> np.ndarray:
     """Posterior means (N, D) of images (N, *X), float64."""
     with evaluating(model):
-        return np.concatenate([_numpy(model.encode(part.to(model.device)).mean) for part in images.split(batch_size)])
+        return np.concatenate([to_numpy(model.encode(part.to(model.device)).mean) for part in images.split(batch_size)])
 
 
 def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sigma: np.ndarray) -> dict[str, Quantity]:
@@ -276,7 +225,8 @@ def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sig
         return found | {"knn_accuracy": Quantity.missing("the data has no labels")}
     from sklearn.neighbors import KNeighborsClassifier
 
-    train = codes_of(model, protocol.test_set(data.train.pixels).to(model.device))
+    pixels = torch.from_numpy(data.train.pixels)
+    train = codes_of(model, protocol.training_batch(pixels, stream(TEST_DRAW_SEED, "codes")))
     neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train))).fit(train, data.train.labels)
     right = neighbours.predict(codes) == data.test.labels
     return found | {"knn_accuracy": Quantity.over_images(right.astype(float))}
@@ -304,7 +254,7 @@ def _legibility(
 
 def prior_codes(model: VAE, n: int, seed: int) -> Tensor:
     """`n` codes drawn from the prior, (n, D)."""
-    return model.prior().rsample(n, stream(seed, "sample", device=model.device))
+    return model.prior_codes(n, generator=stream(seed, "sample", device=model.device))
 
 
 def fitted_codes(model: VAE, images: Tensor, n: int, seed: int) -> Tensor:
@@ -327,7 +277,3 @@ def _positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UsageError(f"{name} is {value}: expected an integer of 1 or more")
-
-
-def _numpy(value: Tensor) -> np.ndarray:
-    return value.detach().double().cpu().numpy()

@@ -1,0 +1,63 @@
+"""What evaluation returns: numbers with their standard errors, or the reason why there is none."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its standard error over n images, or the reason why there is none."""
+
+    mean: float | None
+    se: float | None = None
+    n: int = 0
+    reason: str = ""
+
+    @classmethod
+    def over_images(cls, values: np.ndarray) -> "Quantity":
+        """Mean and standard error of one value an image; not finite anywhere: no number, and which images."""
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+            return cls(None, reason=f"not finite for {len(bad)} of {len(values)} images ({shown})", n=len(values))
+        se = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        return cls(float(values.mean()), se, len(values))
+
+    @classmethod
+    def of(cls, value: float, n: int) -> "Quantity":
+        """A number over n images without a standard error; not finite: no number, and the reason."""
+        return cls(float(value), None, n) if math.isfinite(value) else cls(None, None, n, f"not finite: {value}")
+
+    @classmethod
+    def missing(cls, reason: str) -> "Quantity":
+        return cls(None, reason=reason)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        quantities: by name, see the module's notes.
+        protocol: how it was measured: protocol of the data, seed of the test draw, K, images.
+        codes: posterior means of the test images (N, D), float64.
+        per_image: arrays (N,) in nats: elbo, rate, distortion, log_px where they exist.
+    """
+
+    quantities: dict[str, Quantity]
+    protocol: dict[str, Any]
+    codes: np.ndarray
+    per_image: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for evaluation.json; arrays are left out."""
+        return {"quantities": {k: asdict(v) for k, v in self.quantities.items()}, "protocol": self.protocol}
+
+
+def to_numpy(value: Tensor) -> np.ndarray:
+    """A tensor as a float64 array."""
+    return value.detach().double().cpu().numpy()
