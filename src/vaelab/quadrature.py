@@ -29,7 +29,6 @@ from torch import Tensor
 from vaelab.distributions import Distribution
 from vaelab.errors import UsageError
 from vaelab.models.vae import VAE
-from vaelab.priors import StandardNormal
 from vaelab.training import evaluating
 
 POINTS = 8
@@ -72,46 +71,69 @@ class Quadrature:
 def log_likelihood(
     model: VAE,
     x: Tensor,
+    c: Tensor | None = None,
     *,
     tolerance: float = 1e-3,
     max_levels: int = 7,
     max_radius: float = 60.0,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> Quadrature:
-    """log p(x) of each image (N, *X) under a model with one or two latent dimensions.
+    """log p(x) of each image (N, *X) under a model with one or two latent dimensions; log p(x|c) in a conditional one.
 
     Args:
-        model: with a standard normal prior.
+        model: with a prior whose tail has a known bound (Gaussians, Laplace, mixtures of them; no flows).
         x: the images, float32, as the protocol gives them.
+        c: labels (N,) of a conditional model; each label is integrated on its own.
         tolerance: largest change of one image's log p(x), in nats, by one split that is accepted.
         max_levels: how often a tile may be split; the error that is left is reported.
         max_radius: where the outward search gives up; the error that is left is reported.
         on_progress: called with a rough fraction done.
 
     Raises:
-        UsageError: more than two latent dimensions, or another prior.
+        UsageError: more than two latent dimensions, or a prior of unknown tail or without a density.
     """
     if model.latent_dim > 2:
         raise UsageError(
             f"quadrature needs one or two latent dimensions and this model has {model.latent_dim}: "
             "use the importance-sampled estimate"
         )
-    if not isinstance(model.prior, StandardNormal):
-        raise UsageError(
-            f"quadrature knows the tail of a standard normal prior, and this one is {type(model.prior).__name__}: "
-            "use the importance-sampled estimate"
-        )
+    x = x.to(model.device)
     with evaluating(model):
-        return _Integral(model, x.to(model.device), tolerance, max_levels).run(max_radius, on_progress)
+        if c is None:
+            return _Integral(model, x, None, tolerance, max_levels).run(max_radius, on_progress)
+        labels = c.to(x.device)
+        parts = {}
+        for i, label in enumerate(kinds := labels.unique().tolist()):
+            chosen = labels == label
+            parts[label] = _Integral(model, x[chosen], labels[chosen][:1], tolerance, max_levels).run(
+                max_radius, lambda done, i=i, n=len(kinds): on_progress((i + done) / n)
+            )
+        return _together(labels.cpu().numpy(), parts)
+
+
+def _together(labels: np.ndarray, parts: dict[int, Quadrature]) -> Quadrature:
+    """The integrals of all images from those of each label's."""
+    arrays = {name: np.empty(len(labels)) for name in ("log_px", "resolution_error", "extent_error")}
+    for label, part in parts.items():
+        for name, array in arrays.items():
+            array[labels == label] = getattr(part, name)
+    return Quadrature(
+        **arrays,
+        radius=max(part.radius for part in parts.values()),
+        points=sum(part.points for part in parts.values()),
+        levels=max(part.levels for part in parts.values()),
+    )
 
 
 class _Integral:
     """The state of one adaptive integration; sums are kept relative to `reference`, in float64."""
 
-    def __init__(self, model: VAE, x: Tensor, tolerance: float, max_levels: int) -> None:
-        self.model, self.x, self.tolerance, self.max_levels = model, x, tolerance, max_levels
+    def __init__(self, model: VAE, x: Tensor, label: Tensor | None, tolerance: float, max_levels: int) -> None:
+        self.model, self.x, self.label, self.tolerance, self.max_levels = model, x, label, tolerance, max_levels
         self.dim, self.n = model.latent_dim, len(x)
-        self.prior = model.latent_prior()
+        self.prior = model.latent_prior(label)
+        self.prior.log_prob(torch.zeros(1, 1, self.dim).to(x))  # raises where there is no density …
+        self.prior.log_tail(6.0)  # … or no bound on its tail
         nodes, weights = np.polynomial.legendre.leggauss(POINTS)
         mesh = np.meshgrid(*[nodes] * self.dim, indexing="ij")
         self.nodes = np.stack([m.ravel() for m in mesh], 1) / 2  # in units of the tile's side
@@ -156,9 +178,10 @@ class _Integral:
         """Posterior means (N, D), and log p(x|z) there, (N,)."""
         codes, best = [], []
         for part in self.x.split(1000):
-            mean = self.model.encode(part).mean
+            label = None if self.label is None else self.label.expand(len(part))
+            mean = self.model.encode(part, label).mean
             codes.append(_numpy(mean))
-            best.append(_numpy(self.model.decode(mean.unsqueeze(0)).log_prob(part)[0]))
+            best.append(_numpy(self.model.decode(mean.unsqueeze(0), label).log_prob(part)[0]))
         return np.concatenate(codes), np.concatenate(best)
 
     def _expand(
@@ -200,16 +223,16 @@ class _Integral:
 
     def _log_prior_beyond(self, radius: float) -> float:
         """log of the prior's mass outside the ball that the tiles certainly cover: their centres reach `radius`."""
-        from scipy.stats import chi2
-
-        return float(chi2.logsf((radius - math.sqrt(self.dim) / 2) ** 2, self.dim))
+        return self.prior.log_tail(radius - math.sqrt(self.dim) / 2)
 
     def _decode(self, centres: np.ndarray, side: float) -> tuple[Distribution, Tensor]:
         """p(x|z) at the nodes of tiles, batch shape (1, G), and log of p(z) times the node's weight, (G,)."""
         z = torch.from_numpy((centres[:, None, :] + side * self.nodes).reshape(-1, self.dim)).to(self.x)
         self.points += len(z)
         weights = torch.from_numpy(np.tile(self.log_weights, len(centres)) + self.dim * math.log(side))
-        return self.model.decode(z.unsqueeze(0)), self.prior.log_prob(z) + weights.to(z)
+        label = None if self.label is None else self.label.expand(len(z))
+        log_pz = self.prior.log_prob(z.unsqueeze(1)).flatten()  # (G, 1, D) to (G,)
+        return self.model.decode(z.unsqueeze(0), label), log_pz + weights.to(z)
 
     def _share(self, px: Distribution, log_pz: Tensor, tiles: int, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log of each tile's share of each image's integral, (T, I), and the largest log p(x|z) seen, (I,)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from vaelab import compositions
 from vaelab.data.protocol import protocol as protocol_named
 from vaelab.errors import RunError, UsageError, unknown_name
 from vaelab.registry import Spec, spec
@@ -18,7 +19,18 @@ Shape = tuple[int, ...]
 
 FIELDS: dict[str, str] = {
     "data": "mnist, digits, a folder of images in class sub-folders, or an .npz file.",
-    "protocol": "How pixels are read: dynamic, threshold or grey.",
+    "protocol": "How pixels are read: dynamic, static, threshold, levels, dequantised or grey.",
+    "network": "dense, conv or residual (convolutional).",
+    "channels": "Channels of the convolutions, from the image inwards.",
+    "posterior": "q(z|x): Gaussian, FullGaussian, Laplace, Delta, InverseAutoregressive, Planar or NeuralSpline; "
+    'with arguments as in "Planar(layers=8)".',
+    "prior": "p(z): StandardNormal, Laplace, MixtureOfGaussians, VampPrior, Flow or LabelGaussian; "
+    'with arguments as in "VampPrior(pseudo_inputs=500)".',
+    "likelihood": "p(x|z): auto (by the protocol), Bernoulli, ContinuousBernoulli, Gaussian, Laplace, DiscretisedLogistic, "
+    "DiscretisedLogisticMixture, Categorical or GreyCrossEntropy.",
+    "objective": "ELBO, FreeBits, Capacity, IWAE, MIWAE, PIWAE, CIWAE, STL, DReG, BetaTC, DIP, InfoVAE, WAE or RAE; "
+    'with arguments as in "ELBO(beta=4)".',
+    "classes": "Labels that encoder and decoder read (a conditional model); 0 for none.",
     "frequency": "Typical frequency of those sines, in radians per unit of z.",
     "latent_dim": "Dimensions of z.",
     "hidden": "Widths of the encoder's hidden layers; mirrored in the decoder, unless the recipe has --decoder.",
@@ -175,6 +187,45 @@ def mnist_2d(
     )  # fmt: skip
 
 
+def vae(
+    shape: Shape = (1, 28, 28),
+    *,
+    data: str = "mnist",
+    protocol: str = "dynamic",
+    network: str = "dense",
+    latent_dim: int = 20,
+    hidden: tuple[int, ...] = (400,),
+    channels: tuple[int, ...] = (32, 64),
+    activation: str = "silu",
+    posterior: str = "Gaussian",
+    prior: str = "StandardNormal",
+    likelihood: str = "auto",
+    objective: str = "ELBO",
+    classes: int = 0,
+    images: int = 60_000,
+    epochs: int = 10,
+    batch_size: int = 128,
+    k: int = 1,
+    optimiser: str = "adam",
+    lr: float = 2e-3,
+    schedule: str = "warm-cosine",
+    clip: float = 200.0,
+    average: float = 0.0,
+    precision: str = "auto",
+    seed: int = 0,
+) -> Recipe:
+    """Any composition: posterior, prior, likelihood and objective as expressions, networks dense or convolutional."""
+    model = compositions.compose(
+        shape, measure=protocol_named(protocol).measure, network=network, latent_dim=latent_dim, hidden=hidden,
+        channels=channels, activation=activation, posterior=posterior, prior=prior, likelihood=likelihood,
+        classes=classes,
+    )  # fmt: skip
+    return Recipe(
+        "vae", data, protocol, model, compositions.objective(objective, images),
+        Training(epochs, batch_size, k, optimiser, lr, schedule, clip, average, precision), seed,
+    )  # fmt: skip
+
+
 def dense_vae(
     shape: Shape,
     latent_dim: int,
@@ -222,7 +273,7 @@ def _at_least_one(name: str, value: int) -> None:
         raise UsageError(f"{name} is {value}: expected an integer of 1 or more")
 
 
-RECIPES: dict[str, Callable[..., Recipe]] = {"mnist": mnist, "mnist-2d": mnist_2d}
+RECIPES: dict[str, Callable[..., Recipe]] = {"mnist": mnist, "mnist-2d": mnist_2d, "vae": vae}
 
 
 def recipe(name: str, shape: Shape = (1, 28, 28), **values: Any) -> Recipe:

@@ -87,9 +87,9 @@ def build(value: Any) -> Any:
         arguments = {key: build(item) for key, item in value.items() if key != "class"}
         try:
             inspect.signature(cls).bind(**arguments)
-        except (TypeError, ValueError) as error:
+            return cls(**arguments)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise RunError(f"'{value['class']}' cannot be built from this configuration: {error}") from None
-        return cls(**arguments)
     if isinstance(value, list | tuple):
         return tuple(build(item) for item in value)
     return value

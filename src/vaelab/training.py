@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import Protocol, check
 from vaelab.data.protocol import protocol as protocol_named
-from vaelab.errors import Interrupted, NoDensity, NonFiniteError, UsageError
+from vaelab.errors import Interrupted, NoDensity, NonFiniteError, RunError, UsageError
 from vaelab.models.vae import VAE
 from vaelab.objectives import Objective
 from vaelab.optim import Optimiser
@@ -184,9 +184,9 @@ def train(
     An interrupted training saves the weights it has and raises. Arguments and errors as in `fit`, and UsageError where
     the folder cannot be made.
     """
+    check_recipe(recipe, data)
     model, objective = initial_model(recipe), build(recipe.objective)
     protocol = protocol_named(recipe.protocol)
-    _check_fit(model, data, protocol, recipe.training)
     precision = choose(recipe.training.precision, torch.device(device))
     run = Run.create(
         path, recipe, device=str(device), data_fingerprint=data.fingerprint, data_source=data.source,
@@ -205,8 +205,37 @@ def train(
 
 
 def check_recipe(recipe: Recipe, data: Dataset) -> None:
-    """Refuse a recipe that cannot be trained on a data set, before anything is written. Raises UsageError."""
-    _check_fit(initial_model(recipe), data, protocol_named(recipe.protocol), recipe.training)
+    """Refuse a recipe that cannot be trained on a data set, before anything is written.
+
+    The parts are built, and the objective reads one trace of a few images: what does not combine says so here.
+
+    Raises:
+        UsageError: a part that cannot be built, or a combination that does not exist.
+        NoDensity: an objective that needs a density which a part does not have.
+    """
+    try:
+        model, objective = initial_model(recipe), build(recipe.objective)
+    except RunError as error:
+        raise UsageError(str(error)) from None
+    protocol = protocol_named(recipe.protocol)
+    _check_fit(model, data, protocol, recipe.training)
+    noise = stream(recipe.seed, "check")
+    last = len(data.train) % recipe.training.batch_size or recipe.training.batch_size
+    few = min(4, last)  # no more than the smallest batch: some objectives compare images
+    x = protocol.training_batch(torch.from_numpy(data.train.pixels[:few]), noise)
+    labels = labels_for(model, data.train)
+    with _says_what_does_not_fit():
+        trace = model.trace(x, None if labels is None else labels[:few], k=recipe.training.k, generator=noise)
+        objective(trace, 0)
+
+
+@contextmanager
+def _says_what_does_not_fit() -> Iterator[None]:
+    """A network whose shapes do not fit is the user's to mend, and torch's message says where."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UsageError(f"the parts of this model do not fit together: {error}") from None
 
 
 def labels_for(model: VAE, images: Images, device: torch.device | str = "cpu") -> Tensor | None:

@@ -187,6 +187,16 @@ def test_the_prior_circles_have_their_radii_and_names() -> None:
     assert figure.axes[0].get_aspect() == 1
 
 
+def test_one_dimension_is_drawn_over_lines_and_its_share_is_that_of_the_line() -> None:
+    codes = np.concatenate([np.zeros(90), np.full(10, 3.5)])[:, None]
+    figure = figures.latent_space(codes, axis_labels=("z", ""))
+    said = " ".join(texts(figure)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "10.0 % of 100 codes outside the 3σ lines (prior: 0.3 %)" in said
+    assert "spread, without a meaning" in said
+    drawn = figure.axes[0].collections[0].get_offsets()
+    np.testing.assert_array_equal(np.sort(np.asarray(drawn)[:, 0]), np.sort(codes[:, 0]))
+
+
 def test_tiny_circles_are_pointed_at() -> None:
     assert "the prior's circles: 1, 2, 3σ" in texts(figures.latent_space(60 * CODES, LABELS))
     assert any("a point on this scale" in text for text in texts(DRAWN["latent, spread 1e4"]()))
@@ -308,7 +318,7 @@ def test_images_that_are_not_finite_are_refused() -> None:
         (lambda: figures.generation(np.zeros((0, 1, 8, 8)), "x"), r"\(0, 1, 8, 8\)"),
         (lambda: figures.generation(np.zeros((4, 1, 8, 8), dtype=np.uint8), "x"), "uint8"),
         (lambda: figures.reconstruction(images(4), images(5)), "differ in shape"),
-        (lambda: figures.latent_space(np.zeros((5, 3))), r"expected \(N,2\), got \(5, 3\)"),
+        (lambda: figures.latent_space(np.zeros((5, 3))), r"expected \(N,2\) or \(N,1\), got \(5, 3\)"),
         (lambda: figures.latent_space(np.zeros((0, 2))), r"got \(0, 2\)"),
         (lambda: figures.latent_space(CODES, LABELS[:5]), r"expected \(600,\) integers"),
         (lambda: figures.latent_space(CODES, LABELS * 1.0), "float64"),

@@ -14,6 +14,11 @@ COMMANDS = {
     "train": ("vaelab.cli.train:app", "Train a recipe into a run folder.", "train mnist --latent-dim 10"),
     "evaluate": ("vaelab.cli.evaluate:evaluate", "Measure runs on their test images.", "evaluate runs/mnist-1 -k 5000"),
     "sample": ("vaelab.cli.sample:sample", "Draw images from a model.", "sample runs/mnist-1 -n 64 --out samples.png"),
+    "fit-prior": (
+        "vaelab.cli.fit_prior:fit_prior",
+        "Fit a prior to the codes of a trained model.",
+        "fit-prior runs/mnist-1 --kind mixture",
+    ),
     "report": ("vaelab.cli.report:report", "Figures and a page for one run.", "report runs/mnist-1"),
     "recipes": ("vaelab.cli.tables:recipes", "The recipes of `train`.", "recipes --json"),
     "studies": ("vaelab.cli.tables:studies", "The studies of `study`.", "studies"),

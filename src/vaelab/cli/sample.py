@@ -17,6 +17,9 @@ def sample(
     pixels: Annotated[
         bool, Parameter(negative="", help="Draw pixels too, instead of showing the decoder's mean.")
     ] = False,
+    label: Annotated[
+        int | None, Parameter(help="The label of all images, for a conditional model; by default all labels in turn.")
+    ] = None,
     seed: Annotated[int, Parameter(converter=console.whole, help="Seed of the samples.")] = 0,
     output: Output = Output(),  # noqa: B008
 ) -> None:
@@ -40,15 +43,22 @@ def sample(
     import torch
 
     from vaelab.report import figures
+    from vaelab.report.build import prior_of
     from vaelab.rng import stream
 
+    if label is not None and not (model.classes and 0 <= label < model.classes):
+        known = f"0 to {model.classes - 1}" if model.classes else "none: it is not conditional"
+        raise UsageError(f"--label is {label}: this model's labels are {known}")
     noise = stream(seed, "sample")
+    c = None
+    if model.classes:
+        c = torch.arange(n) % model.classes if label is None else torch.full((n,), label)
     with torch.no_grad():
-        px = model.sample(n, generator=noise)
+        px = model.sample(n, c, generator=noise)
         images = px.rsample(1, noise)[0, 0] if pixels else px.mean[0]
     how = "pixels drawn" if pixels else "decoder mean"
     try:
-        figures.save(figures.generation(images.numpy(), "Samples of the prior", f"z ~ N(0, I), {how}"), path)
+        figures.save(figures.generation(images.numpy(), "Samples of the prior", f"{prior_of(model)}, {how}"), path)
     except OSError as error:
         raise UsageError(f"cannot write '{path}': {error.strerror or error}; choose another --out") from None
     console.result(

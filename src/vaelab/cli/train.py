@@ -25,14 +25,22 @@ def _body(name: str) -> Any:
         fields: dict[str, Any],
     ) -> None:
         recipe(name, **fields)  # out-of-range values end here, before data is fetched or torch imported
+        import torch
+
         from vaelab.cli.common import absolute, check_device, load_data
+        from vaelab.precision import choose
         from vaelab.training import Progress, train
 
         check_device(device)
         stages = console.Stages(output)
         data = load_data(fields["data"], data_dir, stages)
         path = out or _free(name)
-        resolved = recipe(name, data.shape, **{**fields, "data": absolute(fields["data"])})
+        fields["data"] = absolute(fields["data"])
+        if "images" in (RECIPES[name].__kwdefaults__ or {}):
+            fields["images"] = len(data.train)
+        resolved = recipe(name, data.shape, **fields)
+        precision = choose(resolved.training.precision, torch.device(device))
+        console.note(f"precision: {precision.name} ({precision.reason})", output)
         with stages(f"train {name}") as update, console.interruptible() as stop:
 
             def show(p: Progress) -> None:
@@ -40,8 +48,6 @@ def _body(name: str) -> Any:
 
             run = train(resolved, data, path, device=device, on_progress=show, stop=stop)
         last = run.history()[-1]
-        environment = run.environment()
-        console.note(f"precision: {environment['precision']} ({environment['precision_reason']})", output)
 
         def show_result() -> None:
             rate, distortion = last["test"]["rate"], last["test"]["distortion"]
@@ -70,6 +76,7 @@ for _name, _function in RECIPES.items():
         command_from(
             _function,
             _body(_name),
+            without=("images",),
             doc=f"{_function.__doc__}\n\nExample: `vaelab train {_name} --epochs 5 --out runs/x`",
         ),
         name=_name,

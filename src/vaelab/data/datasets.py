@@ -4,9 +4,13 @@ Whatever it came from, a data set is the same thing afterwards: two parts (`trai
 (N, C, H, W), labels for both parts or for neither, and a fingerprint of the lot, which a run stores, so that two runs
 that claim the same data can be held to it. What was done to the data on the way in is said in `notes`, never silently.
 
-    name      train    test    shape        classes   from
-    mnist     60,000   10,000  (1, 28, 28)  10        LeCun, Cortes and Burges, the four published IDX files
-    digits     1,437      360  (1, 8, 8)    10        Alpaydin and Kaynak 1998, as in scikit-learn; needs no network
+    name          train   test    shape        classes  from
+    mnist         60,000  10,000  (1, 28, 28)  10       LeCun, Cortes and Burges, the four published IDX files
+    mnist-static  50,000  10,000  (1, 28, 28)  none     Larochelle and Murray 2011, one published draw of bits, as 0 and 255;
+                                                        their 10,000 validation images are not read
+    freyfaces      1,565     200  (1, 28, 20)  none     Roweis' frames of one face; 200 validation images are left out
+    digits         1,437     360  (1, 8, 8)    10       Alpaydin and Kaynak 1998, as in scikit-learn; needs no network
+    blocks         1,080     216  (1, 16, 16)  4        one square, its column, row, size and grey level known; synthetic
     FOLDER    images in one sub-folder per class (class = its name, sorted), in the folder itself (no classes), or
               either of these under train/ and test/
     FILE.npz  x_train [y_train] [x_test [y_test]];  train [train_labels] [test [test_labels]], or train_images and
@@ -20,6 +24,7 @@ with it.
 """
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +37,7 @@ from vaelab.data import readers, store
 from vaelab.data.store import Progress
 from vaelab.errors import DataError, UsageError, unknown_name
 
-NAMES = ("digits", "mnist")
+NAMES = ("blocks", "digits", "freyfaces", "mnist", "mnist-static")
 
 _SPLIT_SEED = 1
 _PARTS = frozenset({"train", "test", "val", "valid", "validation"})
@@ -78,13 +83,56 @@ MNIST = store.Bundle(
 )
 """The four files of MNIST (LeCun, Cortes and Burges 1998), identical at every source."""
 
+STATIC = store.Bundle(
+    "mnist-static",
+    (
+        store.File(
+            "binarized_mnist_train_packed.npz",
+            "f9895fb59958075c564e68de933e2fdae6be9f24af4df47696f9b8a64ced7827",
+            1_649_281,
+        ),
+        store.File(
+            "binarized_mnist_test_packed.npz",
+            "c4166d998ecc0e7a8d72508ad561cdb690549c4ecc13a125eff84a6925228046",
+            304_424,
+        ),
+    ),
+    (),
+)
+"""The published binarisation of MNIST, eight pixels a byte (numpy.packbits of each row, under the name x)."""
+
+STATIC_TEXT = store.Bundle(
+    "mnist-static",
+    (
+        store.File(
+            "binarized_mnist_train.amat", "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d", 78_400_000
+        ),
+        store.File(
+            "binarized_mnist_test.amat", "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c", 15_680_000
+        ),
+    ),
+    (),
+)
+"""The same as it was published, as text: a line an image, "0 1 0 ...". MD5 db28b1a6... and 14e41ae1..."""
+
+FREY = store.Bundle(
+    "freyfaces",
+    (store.File("freyfaces.npz", "5522395a17167197ade1dc8f0c1fee6f8c68d266153ee11dff8a213fefebf859", 996_877),),
+    (),
+)
+"""1,965 grey frames of 28 x 20 (uint8 rows of 560, under the name x)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """One part of a data set: `pixels` uint8 (N, C, H, W), 0 black, 255 white; `labels` int64 (N,) from 0, or None."""
+    """One part of a data set: `pixels` uint8 (N, C, H, W), 0 black, 255 white; `labels` int64 (N,) from 0, or None.
+
+    `factors`, int64 (N, F) from 0, are what synthetic images were made from; None where that is not known.
+    """
 
     pixels: np.ndarray
     labels: np.ndarray | None = None
+    factors: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -130,8 +178,8 @@ def load(name: str, data_dir: str | Path | None = None, progress: Progress | Non
     """The data set of a name, or of a path.
 
     Args:
-        name: "mnist", "digits", or the path of a folder of images or of an .npz. A name wins over a folder that is
-            called the same: write "./mnist" for the folder.
+        name: one of `NAMES`, or the path of a folder of images or of an .npz. A name wins over a folder that is called
+            the same: write "./mnist" for the folder.
         data_dir: a folder to look for published files in, before VAELAB_DATA and the cache (see `store`).
         progress: called with (label, bytes done, bytes in all or None) while something is fetched.
 
@@ -141,8 +189,14 @@ def load(name: str, data_dir: str | Path | None = None, progress: Progress | Non
     """
     if name == "mnist":
         return _mnist(data_dir, progress)
+    if name == "mnist-static":
+        return _static(data_dir)
+    if name == "freyfaces":
+        return _frey(data_dir)
     if name == "digits":
         return _digits()
+    if name == "blocks":
+        return _blocks()
     try:
         path = Path(name).expanduser()
         is_folder, is_file = bool(name) and path.is_dir(), bool(name) and path.exists()
@@ -165,7 +219,20 @@ def catalogue(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
         `licence`; `present`, whether it can be loaded without a network; `where`, the folder it is in, or None.
     """
     where = store.locate(MNIST, data_dir)
+    static = store.locate(STATIC, data_dir) or store.locate(STATIC_TEXT, data_dir)
+    frey = store.locate(FREY, data_dir)
     return [
+        {
+            "name": "blocks",
+            "train": 1080,
+            "test": 216,
+            "shape": (1, 16, 16),
+            "classes": 4,
+            "source": "made by vaelab: one square at each place, in each size and grey level",
+            "licence": "CC0",
+            "present": True,
+            "where": "vaelab",
+        },
         {
             "name": "digits",
             "train": 1437,
@@ -178,6 +245,17 @@ def catalogue(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
             "where": "scikit-learn",
         },
         {
+            "name": "freyfaces",
+            "train": 1565,
+            "test": 200,
+            "shape": (1, 28, 20),
+            "classes": None,
+            "source": "Roweis, Frey faces: frames of one video, put by hand",
+            "licence": "none stated",
+            "present": frey is not None,
+            "where": None if frey is None else str(frey),
+        },
+        {
             "name": "mnist",
             "train": 60000,
             "test": 10000,
@@ -187,6 +265,17 @@ def catalogue(data_dir: str | Path | None = None) -> list[dict[str, Any]]:
             "licence": "CC BY-SA 3.0",
             "present": where is not None,
             "where": None if where is None else str(where),
+        },
+        {
+            "name": "mnist-static",
+            "train": 50000,
+            "test": 10000,
+            "shape": (1, 28, 28),
+            "classes": None,
+            "source": "Larochelle and Murray 2011, one fixed draw of MNIST's pixels as bits, put by hand",
+            "licence": "as mnist",
+            "present": static is not None,
+            "where": None if static is None else str(static),
         },
     ]
 
@@ -199,9 +288,65 @@ def _mnist(data_dir: str | Path | None, progress: Progress | None) -> Dataset:
         pixels = readers.parse_idx(images.data, 3, images.path)[:, None]
         return Images(pixels, readers.parse_idx(labels.data, 1, labels.path).astype(np.int64))
 
-    places = sorted({f"{one.owner}, {one.path.parent}" for one in found.values()})
-    source = f"MNIST, the four published IDX files, SHA-256 verified, from {' and '.join(places)}"
+    source = f"MNIST, the four published IDX files, SHA-256 verified, from {_places(found)}"
     return Dataset("mnist", part("train"), part("t10k"), tuple("0123456789"), source)
+
+
+def _static(data_dir: str | Path | None) -> Dataset:
+    text = store.locate(STATIC, data_dir) is None and store.locate(STATIC_TEXT, data_dir) is not None
+    bundle = STATIC_TEXT if text else STATIC
+    found = _by_hand(
+        bundle, data_dir,
+        "binarized_mnist_train.amat and binarized_mnist_test.amat as published (Larochelle and Murray 2011, "
+        "www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/) will do as well",
+    )  # fmt: skip
+
+    def part(file: store.File) -> Images:
+        one = found[file.name]
+        bits = np.frombuffer(one.data, np.uint8)[::2] - ord("0") if text else np.unpackbits(_only_array(one), axis=1)
+        return Images((bits * np.uint8(255)).reshape(-1, 1, 28, 28))
+
+    train, test = map(part, bundle.files)
+    return Dataset(
+        "mnist-static", train, test, None, f"MNIST, the published static binarisation, SHA-256 verified, from {_places(found)}",
+        ("the published bits are stored as 0 and 255", "the published validation part is not read"),
+    )  # fmt: skip
+
+
+def _frey(data_dir: str | Path | None) -> Dataset:
+    found = _by_hand(
+        FREY, data_dir, "freyfaces.npz holds frey_rawface.mat of Roweis' page (cs.nyu.edu/~roweis/data.html) as uint8 rows x (1965, 560)"
+    )  # fmt: skip
+    pixels = _only_array(found["freyfaces.npz"]).reshape(-1, 1, 28, 20)
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(pixels))
+    train, test = (Images(pixels[np.sort(part)]) for part in (order[:1565], order[-200:]))
+    return Dataset(
+        "freyfaces", train, test, None, f"Frey faces, SHA-256 verified, from {_places(found)}",
+        (
+            f"a fixed random split (seed {_SPLIT_SEED}) into 1,565 to train on, 200 left out for validation, 200 to test on",
+            "they are frames of one video, so a test frame has neighbours among the training frames",
+        ),
+    )  # fmt: skip
+
+
+def _by_hand(bundle: store.Bundle, data_dir: str | Path | None, hint: str) -> dict[str, store.Found]:
+    """The files of a bundle that has no public source in the formats read here; DataError with `hint` if missing."""
+    try:
+        return store.obtain(bundle, data_dir)
+    except DataError as error:
+        if store.locate(bundle, data_dir) is not None:  # they are there, and damaged
+            raise
+        raise DataError(f"{error}\nThey cannot be fetched; {hint}.") from error
+
+
+def _only_array(one: store.Found) -> np.ndarray:
+    """The array x of an .npz that passed its checksum."""
+    with np.load(io.BytesIO(one.data)) as arrays:
+        return arrays["x"]
+
+
+def _places(found: dict[str, store.Found]) -> str:
+    return " and ".join(sorted({f"{one.owner}, {one.path.parent}" for one in found.values()}))
 
 
 def _digits() -> Dataset:
@@ -221,6 +366,26 @@ def _digits() -> Dataset:
             "the 17 grey levels 0 to 16 were rescaled to bytes, round(v * 255 / 16)",
             "the test part is a fixed draw of 360 images, class by class",
         ),
+    )
+
+
+def _blocks() -> Dataset:
+    """One square on black in every combination of its factors, for scores of disentanglement; classes are the sizes."""
+    factors = np.stack([axis.ravel() for axis in np.indices((9, 9, 4, 4))], 1).astype(np.int64)
+    column, row, size, grey = factors.T
+    reach = size + 1  # half the side: 1 to 4 pixels round a corner of the grid at 4 to 12
+    pixel = np.arange(16)
+    across = (pixel >= (column + 4 - reach)[:, None]) & (pixel < (column + 4 + reach)[:, None])
+    down = (pixel >= (row + 4 - reach)[:, None]) & (pixel < (row + 4 + reach)[:, None])
+    level = np.array([75, 135, 195, 255], np.uint8)[grey]
+    pixels = (down[:, :, None] & across[:, None, :]) * level[:, None, None]
+    train, test = _split(len(factors), 216, size)
+    return Dataset(
+        "blocks",
+        *(Images(pixels[part][:, None], size[part], factors[part]) for part in (train, test)),
+        ("2 x 2", "4 x 4", "6 x 6", "8 x 8"),
+        "made by vaelab: one square, with factors column (9), row (9), size (4) and grey level (4)",
+        ("the test part is a fixed draw of 216 of the 1,296 combinations, size by size",),
     )
 
 

@@ -2,12 +2,24 @@
 
 Log-likelihoods on MNIST are comparable only on one protocol, so it has a name and is stored with every run:
 
-    dynamic     pixel ~ Bernoulli(grey), redrawn each time an image is used; the test images are drawn once, with a
-                fixed seed that no run can change (Salakhutdinov & Murray 2008; Burda et al. 2016, arXiv 1509.00519)
-    threshold   pixel = grey >= 1/2: easier, comparable with neither of the others
-    grey        the grey levels themselves: only for a cross-entropy, which is not a likelihood
+    dynamic      pixel ~ Bernoulli(grey), redrawn each time an image is used; the test images are drawn once, with a
+                 fixed seed that no run can change (Salakhutdinov & Murray 2008; Burda et al. 2016, arXiv 1509.00519)
+    static       the pixels themselves, where they are bits: the published fixed draw of MNIST, `mnist-static`
+                 (Larochelle & Murray 2011). About 2 nats harder than dynamic, since networks learn the draw by heart
+    threshold    pixel = grey >= 1/2: easier, comparable with neither of the others
+    levels       pixel = byte / 255, one of 256 levels, each with a probability
+    dequantised  pixel = (byte + u) / 256 with u ~ U[0, 1), redrawn each time; the test images are drawn once
+    grey         the grey levels themselves: only for a cross-entropy, which is not a likelihood
 
 A protocol has a *measure*, and a likelihood accepts some measures (`vaelab.likelihoods`); `check` refuses the rest.
+
+Why dequantise: a density on the 256 levels themselves has no upper bound, since it may put a spike on each. With noise
+that fills the bins, a density p on [0, 1)^P bounds the probability of the levels (Theis et al. 2016, arXiv 1511.01844,
+section 3.1), by Jensen's inequality,
+
+    log P(bytes) = log of the integral of p over the bin = log E_u p(x) - P log 256 >= E_u log p(x) - P log 256
+
+so that bits per dimension = -log2 p(x) / P + 8, and never flatters the model beside one on `levels`.
 """
 
 from dataclasses import dataclass
@@ -22,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TEST_DRAW_SEED = 1312_6114
-"""Seed of the one draw of the test images under `dynamic`: the same for every run, so that runs can be paired."""
+"""Seed of the one draw of the test images: the same for every run, so that runs can be paired."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Protocol:
 
     Attributes:
         name: its name in a run.
-        measure: `binary` or `grey`.
+        measure: `binary`, `levels256`, `continuous` or `grey`.
         redrawn: whether training images are drawn anew at each use.
         summary: a sentence for tables.
     """
@@ -41,28 +53,64 @@ class Protocol:
     redrawn: bool
     summary: str
 
+    @property
+    def bits_offset(self) -> float | None:
+        """What is added to -log2 p(x) / P to give bits per dimension; None where there are none (grey levels)."""
+        return {"binary": 0.0, "levels256": 0.0, "continuous": 8.0}.get(self.measure)
+
+    def check_pixels(self, pixels: np.ndarray) -> None:
+        """Refuse bytes (N, *X) that the protocol is not meant for. Raises UsageError."""
+        if self.name == "static" and not np.isin(pixels, (0, 255)).all():
+            raise UsageError(
+                "protocol 'static' takes pixels as they are, which must be bits (bytes 0 and 255), and these are grey: "
+                "choose the data set mnist-static, or --protocol dynamic"
+            )
+
     def training_batch(self, pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
         """Bytes (B, *X) to what training sees, float32 (B, *X) in [0, 1]."""
         if self.name == "dynamic":
             return _bits(pixels, generator)
+        if self.name == "dequantised":
+            return _spread(pixels, _noise(pixels, generator))
         return _fixed(self.name, pixels)
 
     def test_set(self, pixels: np.ndarray) -> "Tensor":
-        """Bytes (N, *X) to the fixed test images, float32; the same for every run and every seed."""
+        """Bytes (N, *X) to the fixed test images, float32; the same for every run and every seed.
+
+        Raises:
+            UsageError: as `check_pixels`.
+        """
         import torch
 
+        self.check_pixels(pixels)
         if self.name == "dynamic":
             u = np.random.default_rng(TEST_DRAW_SEED).random(pixels.shape)
             return torch.from_numpy((u * 255 < pixels).astype(np.float32))
+        if self.name == "dequantised":
+            noise = np.random.default_rng(TEST_DRAW_SEED).integers(-(2**15), 2**15, pixels.shape, np.int16)
+            return _spread(torch.from_numpy(pixels), torch.from_numpy(noise))
         return _fixed(self.name, torch.from_numpy(pixels))
 
 
 def _bits(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
-    """Bernoulli(pixel / 255), to within 2^-16, from 16 random bits a pixel.
+    """Bernoulli(pixel / 255), to within 2^-16: signed 16-bit noise below pixel * 257 - 2^15, which has the same range."""
+    import torch
+
+    return (_noise(pixels, generator) < pixels.to(torch.int16).mul_(257).add_(-(2**15))).float()
+
+
+def _spread(pixels: "Tensor", noise: "Tensor") -> "Tensor":
+    """(pixel + u) / 256 for u = (noise + 2^15) / 2^16: 24 bits, which float32 holds exactly, so that 1 is not reached."""
+    import torch
+
+    return pixels.to(torch.int32).mul_(2**16).add_(noise).add_(2**15).float().mul_(2.0**-24)
+
+
+def _noise(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
+    """A signed 16-bit integer for each pixel, uniform.
 
     Four pixels share one 64-bit draw: a float for each took a twentieth of a training step. On the CPU they come from
-    NumPy's SFC64, seeded from the generator, which draws five times as fast as torch's Mersenne Twister. The comparison
-    is of signed 16-bit integers, where pixel * 257 - 2^15 runs over the whole range.
+    NumPy's SFC64, seeded from the generator, which draws five times as fast as torch's Mersenne Twister.
     """
     import torch
 
@@ -73,12 +121,11 @@ def _bits(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
     else:
         words = torch.empty(count, dtype=torch.int64, device=pixels.device)
         words.random_(-(2**63), None, generator=generator)
-    noise = words.view(torch.int16)[: pixels.numel()].view(pixels.shape)
-    return (noise < pixels.to(torch.int16).mul_(257).add_(-(2**15))).float()
+    return words.view(torch.int16)[: pixels.numel()].view(pixels.shape)
 
 
 def _fixed(name: str, pixels: "Tensor") -> "Tensor":
-    return (pixels >= 128).float() if name == "threshold" else pixels.float().div_(255)
+    return (pixels >= 128).float() if name in ("threshold", "static") else pixels.float().div_(255)
 
 
 PROTOCOLS = {
@@ -86,6 +133,9 @@ PROTOCOLS = {
     for p in (
         Protocol("dynamic", "binary", True, "bits drawn with the grey level as probability; test drawn once"),
         Protocol("threshold", "binary", False, "bits: grey level of one half or more"),
+        Protocol("static", "binary", False, "bits as they are: the published draw, data set mnist-static"),
+        Protocol("levels", "levels256", False, "256 grey levels, each with a probability"),
+        Protocol("dequantised", "continuous", True, "grey levels with uniform noise in their bins; test drawn once"),
         Protocol("grey", "grey", False, "grey levels in [0, 1], for a cross-entropy only"),
     )
 }
@@ -104,11 +154,14 @@ def check(chosen: Protocol, likelihood: "nn.Module") -> None:
     Raises:
         UsageError: with what to do.
     """
-    accepted = likelihood.measures
-    if chosen.measure not in accepted:  # type: ignore[operator]
-        fitting = [p.name for p in PROTOCOLS.values() if p.measure in accepted]  # type: ignore[operator]
+    from vaelab.likelihoods import MEMBERS
+
+    accepted: tuple[str, ...] = likelihood.measures  # type: ignore[assignment]
+    if chosen.measure not in accepted:
+        fitting = [p.name for p in PROTOCOLS.values() if p.measure in accepted]
+        others = [member.__name__ for member in MEMBERS if chosen.measure in member.measures]
         raise UsageError(
             f"protocol '{chosen.name}' gives {chosen.measure} pixels and the likelihood {type(likelihood).__name__} is "
-            f"defined on {' or '.join(accepted)}: choose --protocol {' or '.join(fitting) or '(none fits)'}, "  # type: ignore[arg-type]
-            "or another likelihood"
+            f"defined on {' or '.join(accepted)}: choose --protocol {' or '.join(fitting) or '(none fits)'}, "
+            f"or the likelihood {' or '.join(others)}"
         )

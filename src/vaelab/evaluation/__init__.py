@@ -1,41 +1,52 @@
 """Evaluation: the same normalised quantities for every model, whatever it was trained with.
 
 Each is in nats per image unless it says otherwise, over the fixed test images of the run's protocol, in float32 with
-float64 accumulation, with its standard error over images; a quantity that does not exist is `n/a` with the reason.
+float64 accumulation, with its standard error over images; a quantity that does not exist is `n/a` with the reason. The
+log-likelihood of a conditional model is log p(x|c), with the labels of the data, and the protocol says so.
 
     elbo, rate, distortion     see `vaelab.trace`
     nll                        -log p(x): exact by quadrature in one or two latent dimensions (`vaelab.quadrature`)
-    nll_is                     -log p(x) by importance sampling from the encoder's posterior (Burda et al. 2016,
-                               arXiv 1509.00519, eq. 8): an upper bound in expectation, here on the first images only
-    codes                      posterior means of the test images: their mean and spread, the share outside the prior,
-                               and whether a nearest neighbour among the training codes has the same label
-    legibility                 see `vaelab.legibility`
+    nll_is, nll_is_k           -log p(x) by importance sampling with all and with k samples (`evaluation.importance`)
+    bits_per_dim               nll / (P ln 2) for P pixels, plus what the protocol says a density of rescaled levels must
+                               add to count bits of the original ones; from nll_is and from -elbo under their own names
+    gap                        log p(x) - elbo, and its two parts (`evaluation.gaps`)
+    latent space               what the codes carry, the aggregate posterior against the prior (`evaluation.latent`)
+    codes                      spread, share outside the prior, nearest neighbours, linear probe (`evaluation.codes`)
+    samples                    legibility and Fréchet distance (`evaluation.samples`)
 """
 
 import math
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vaelab.data.datasets import Dataset
 from vaelab.data.protocol import TEST_DRAW_SEED, Protocol
 from vaelab.distributions import DiagGaussian
-from vaelab.errors import NoDensity, UsageError
+from vaelab.errors import NoDensity, UsageError, unknown_name
+from vaelab.evaluation import codes as codes_
+from vaelab.evaluation import latent
+from vaelab.evaluation import samples as samples_
+from vaelab.evaluation.codes import codes_of
+from vaelab.evaluation.gaps import Gaps, gaps
+from vaelab.evaluation.importance import CURVE, PROPOSALS, ImportanceSampled, importance_sampled
 from vaelab.evaluation.quantity import Evaluation, Quantity, to_numpy
-from vaelab.legibility import Classifier, legibility
+from vaelab.evaluation.samples import decoded, fitted_codes, prior_codes
+from vaelab.legibility import Classifier
 from vaelab.models.vae import VAE
 from vaelab.quadrature import log_likelihood
 from vaelab.rng import stream
-from vaelab.training import evaluating
+from vaelab.training import evaluating, labels_for
+
+__all__ = [
+    "CURVE", "PROPOSALS", "Evaluation", "Gaps", "ImportanceSampled", "Quantity", "codes_of", "decoded", "evaluate",
+    "evenly", "fitted_codes", "gaps", "importance_sampled", "prior_codes",
+]  # fmt: skip
 
 OnProgress = Callable[[str, float], None]
 """Called with what is being measured and the fraction of it that is done."""
 
-PRIOR_MASS = 1 - math.exp(-4.5)
-"""Mass of a 2-D standard normal inside its 3-sigma circle: 98.9 %. In D dimensions, the ball with the same mass."""
-NEIGHBOURS = 5
 DISTORTION_SAMPLES = 4
 
 
@@ -45,8 +56,10 @@ def evaluate(
     protocol: Protocol,
     *,
     classifier: Classifier | None = None,
-    k: int = 1000,
-    is_images: int = 500,
+    k: int = 5000,
+    is_images: int = 1000,
+    proposal: str = "posterior",
+    gap_images: int = 100,
     samples: int = 10_000,
     seed: int = 0,
     on_progress: OnProgress = lambda label, done: None,
@@ -59,221 +72,208 @@ def evaluate(
         protocol: of the run.
         classifier: reads the samples; without one legibility is n/a.
         k: importance samples for each image.
-        is_images: how many of the first test images are importance-sampled.
+        is_images: how many of the test images are importance-sampled, evenly spaced.
+        proposal: of importance sampling, see `vaelab.evaluation.importance`.
+        gap_images: for how many of those the bound's gap is split, evenly spaced; none for 0.
         samples: prior samples that the classifier reads.
         seed: of posterior and prior samples (never of the test images).
         on_progress: see `OnProgress`.
+
+    Raises:
+        UsageError: k, is_images or samples below one, gap_images below zero, an unknown proposal, or labels that are
+            missing.
     """
-    _positive(k=k, is_images=is_images, samples=samples)
-    device = model.device
-    x = protocol.test_set(data.test.pixels).to(device)
+    check_arguments(k=k, is_images=is_images, samples=samples, gap_images=gap_images)
+    if proposal not in PROPOSALS:
+        raise unknown_name("proposal", proposal, PROPOSALS)
+    x = protocol.test_set(data.test.pixels).to(model.device)
+    c = labels_for(model, data.test, model.device)
+    measuring = _Measuring(model, protocol, x, c, seed, on_progress)
     with evaluating(model):
-        quantities, per_image, codes, sigma = _bound(model, x, seed)
-        quantities |= _likelihood(model, x, per_image, k, is_images, seed, on_progress)
-        quantities |= _codes(model, data, protocol, codes, sigma)
-        quantities |= _legibility(model, data, protocol, classifier, samples, seed)
+        codes, sigma = measuring.bound()
+        measuring.likelihood(k, is_images, proposal)
+        measuring.gap(gap_images)
+        found = measuring.found
+        about, alarms = latent.measure(
+            model, x, c, seed=seed, on_progress=lambda done: on_progress("aggregate posterior", done)
+        )
+        found |= about | codes_.measure(model, data, protocol, codes, sigma, seed=seed)
+        found |= samples_.measure(model, data, protocol, classifier, samples=samples, seed=seed)
     described = {
         "data": data.name,
         "test_images": len(x),
         "protocol": protocol.name,
         "test_draw_seed": TEST_DRAW_SEED if protocol.redrawn else None,
+        "density": "log p(x)" if c is None else "log p(x|c), with the labels of the data",
         "distortion_samples": DISTORTION_SAMPLES,
         "importance_samples": k,
         "importance_sampled_images": min(is_images, len(x)),
+        "proposal": proposal,
+        "gap_images": found["gap"].n,
         "prior_samples": samples,
         "seed": seed,
     }
-    return Evaluation(quantities, described, codes, per_image)
+    return Evaluation(found, described, codes, measuring.per_image, (*measuring.alarms, *alarms))
 
 
-def _bound(
-    model: VAE, x: Tensor, seed: int
-) -> tuple[dict[str, Quantity], dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """elbo, rate and distortion of each image, and the codes and sigmas (N, D)."""
-    rates, distortions, codes, sigmas = [], [], [], []
-    no_rate = ""
-    for i, part in enumerate(x.split(1000)):
-        trace = model.trace(part, k=DISTORTION_SAMPLES, generator=stream(seed, "eval", i, device=x.device))
-        q = trace.levels[0].q
-        codes.append(to_numpy(q.mean))
-        sigmas.append(to_numpy(q.std) if isinstance(q, DiagGaussian) else np.zeros_like(codes[-1]))
-        distortions.append(to_numpy(trace.distortion))
-        try:
-            rates.append(to_numpy(trace.rate))
-        except NoDensity as error:
-            no_rate = str(error)
-    arrays = {"distortion": np.concatenate(distortions)}
-    found: dict[str, Quantity] = {}
-    if rates:
-        arrays["rate"] = np.concatenate(rates)
-        arrays["elbo"] = -(arrays["distortion"] + arrays["rate"])
-    for name in ("elbo", "rate", "distortion"):
-        found[name] = Quantity.over_images(arrays[name]) if name in arrays else Quantity.missing(no_rate)
-    if not model.likelihood.normalised:
-        reason = "a cross-entropy on grey levels is not a likelihood"
-        if "elbo" in arrays:
-            found["cross_entropy_plus_rate"] = Quantity.over_images(-arrays.pop("elbo"))
-        found["cross_entropy"] = found["distortion"]
-        found["elbo"] = found["distortion"] = Quantity.missing(reason)
-    return found, arrays, np.concatenate(codes), np.concatenate(sigmas)
+def check_arguments(*, k: int = 1, is_images: int = 1, samples: int = 1, gap_images: int = 0) -> None:
+    """Refuse numbers of samples and images that nothing can be measured with. Raises UsageError."""
+    for name, value, least in (
+        ("k", k, 1), ("is_images", is_images, 1), ("samples", samples, 1), ("gap_images", gap_images, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise UsageError(f"{name} is {value}: expected an integer of {least} or more")
 
 
-def _likelihood(
-    model: VAE, x: Tensor, per_image: dict[str, np.ndarray], k: int, is_images: int, seed: int, on_progress: OnProgress
-) -> dict[str, Quantity]:
-    names = ("nll", "nll_error", "nll_is", "nll_is_excess", "ess")
-    if not model.likelihood.normalised:
-        return dict.fromkeys(names, Quantity.missing("a cross-entropy on grey levels is not a likelihood"))
-    found: dict[str, Quantity] = {}
-    if not np.isfinite(per_image["distortion"]).all():
-        return dict.fromkeys(names, Quantity.over_images(per_image["distortion"]))
-    if model.latent_dim <= 2:
-        exact = log_likelihood(model, x, on_progress=lambda done: on_progress("exact log-likelihood", done))
-        per_image["log_px"] = exact.log_px
-        found["nll"] = Quantity.over_images(-exact.log_px)
-        found["nll_error"] = Quantity.of(exact.error.mean(), len(x))
-    else:
-        reason = f"quadrature needs at most two latent dimensions, this model has {model.latent_dim}"
-        found["nll"] = found["nll_error"] = Quantity.missing(reason)
-    try:
-        log_px, ess = importance_sampled(
-            model, x[:is_images], k, seed=seed, on_progress=lambda done: on_progress("importance sampling", done)
-        )
-    except NoDensity as error:
-        return found | dict.fromkeys(("nll_is", "nll_is_excess", "ess"), Quantity.missing(str(error)))
-    per_image["log_px_is"] = log_px
-    found["nll_is"] = Quantity.over_images(-log_px)
-    found["ess"] = Quantity.of(np.median(ess), len(ess))
-    found["nll_is_excess"] = (
-        Quantity.over_images(per_image["log_px"][: len(log_px)] - log_px)
-        if "log_px" in per_image
-        else Quantity.missing(found["nll"].reason)
-    )
-    return found
+def evenly(n: int, total: int) -> np.ndarray:
+    """The numbers (min(n, total),) of evenly spaced images of `total`.
 
-
-def importance_sampled(
-    model: VAE,
-    x: Tensor,
-    k: int,
-    *,
-    seed: int = 0,
-    budget: int = 4_000,
-    on_progress: Callable[[float], None] = lambda done: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """log (1/K) sum_k p(x, z_k) / q(z_k|x), z_k ~ q, and the effective sample size, each (N,).
-
-    K is streamed: memory depends on `budget` (codes decoded at once), not on K. The estimate is biased downwards
-    (in expectation it is a lower bound on log p(x)), and badly so where q is narrower than the true posterior.
-
-    Args:
-        model: any model whose posterior has a density.
-        x: images (N, *X).
-        k: samples for each image.
-        seed: of the samples.
-        budget: codes decoded at once; few, so that their logits stay in the processor's cache.
-        on_progress: called with the fraction done.
-
-    Raises:
-        NoDensity: a Dirac posterior.
-        UsageError: k below one.
+    Not the first ones: the first half of MNIST's test images was written by other people than the second, and is easier.
     """
-    _positive(k=k)
-    x = x.to(model.device)
-    log_px, ess = [], []
-    chunk = max(1, min(len(x), budget // min(k, 100)))
-    with evaluating(model):
-        for i, part in enumerate(x.split(chunk)):
-            noise = stream(seed, "importance", i, device=x.device)
-            q, p = model.encode(part), model.latent_prior()
-            parts = []
-            for start in range(0, k, max(1, budget // len(part))):
-                z = q.rsample(min(k - start, max(1, budget // len(part))), noise)
-                log_w = model.decode(z).log_prob(part) + p.log_prob(z) - q.log_prob(z)
-                # two numbers an image are all that is kept of a chunk: log sum w and log sum w^2
-                parts.append(torch.stack([log_w.double().logsumexp(0), (2 * log_w.double()).logsumexp(0)]))
-                on_progress((i * chunk + len(part) * (start + len(z)) / k) / len(x))
-            first, second = torch.stack(parts).logsumexp(0)
-            log_px.append(to_numpy(first - math.log(k)))
-            ess.append(to_numpy(torch.exp(2 * first - second)))
-    return np.concatenate(log_px), np.concatenate(ess)
+    n = min(n, total)
+    return np.arange(n) * total // max(n, 1)
 
 
-def codes_of(model: VAE, images: Tensor, batch_size: int = 2000) -> np.ndarray:
-    """Posterior means (N, D) of images (N, *X), float64."""
-    with evaluating(model):
-        return np.concatenate([to_numpy(model.encode(part.to(model.device)).mean) for part in images.split(batch_size)])
+class _Measuring:
+    """The quantities that are made of log-densities, as they are found."""
 
+    def __init__(
+        self, model: VAE, protocol: Protocol, x: Tensor, c: Tensor | None, seed: int, on_progress: OnProgress
+    ) -> None:
+        self.model, self.protocol, self.x, self.c = model, protocol, x, c
+        self.seed, self.on_progress = seed, on_progress
+        self.found: dict[str, Quantity] = {}
+        self.per_image: dict[str, np.ndarray] = {}
+        self.alarms: list[str] = []
+        self.unnormalised = "" if model.likelihood.normalised else "a cross-entropy on grey levels is not a likelihood"
 
-def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sigma: np.ndarray) -> dict[str, Quantity]:
-    from scipy.stats import chi2
+    def labels(self, index: Tensor | np.ndarray | slice) -> Tensor | None:
+        return None if self.c is None else self.c[index]
 
-    names = ("code_mean", "code_std", "sigma", "outside_prior", "knn_accuracy")
-    if not np.isfinite(codes).all():
-        return dict.fromkeys(names, Quantity.over_images(codes.sum(1)))
-    radius = math.sqrt(chi2.ppf(PRIOR_MASS, codes.shape[1]))
-    outside = np.linalg.norm(codes, axis=1) > radius
-    found = {
-        "code_mean": Quantity.of(float(np.linalg.norm(codes.mean(0))), len(codes)),
-        "code_std": Quantity.of(np.sqrt(codes.var(0).mean()), len(codes)),
-        "sigma": Quantity.of(sigma.mean(), len(codes))
-        if isinstance(model.encode(protocol.test_set(data.test.pixels[:1]).to(model.device)), DiagGaussian)
-        else Quantity.missing("this posterior has no sigma"),
-        "outside_prior": Quantity.over_images(outside.astype(float)),
-    }
-    if data.train.labels is None or data.test.labels is None:
-        return found | {"knn_accuracy": Quantity.missing("the data has no labels")}
-    from sklearn.neighbors import KNeighborsClassifier
+    def bound(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """elbo, rate, distortion; returns the codes and sigmas (N, D)."""
+        rates, distortions, codes, sigmas = [], [], [], []
+        no_rate, size = "", 1000
+        for i, part in enumerate(self.x.split(size)):
+            noise = stream(self.seed, "eval", i, device=self.x.device)
+            trace = self.model.trace(
+                part, self.labels(slice(i * size, (i + 1) * size)), k=DISTORTION_SAMPLES, generator=noise
+            )
+            q = trace.levels[0].q
+            codes.append(to_numpy(q.mean))
+            if isinstance(q, DiagGaussian):
+                sigmas.append(to_numpy(q.std))
+            distortions.append(to_numpy(trace.distortion))
+            try:
+                rates.append(to_numpy(trace.rate))
+            except NoDensity as error:
+                no_rate = str(error)
+        arrays = {"distortion": np.concatenate(distortions)}
+        if not no_rate:
+            arrays["rate"] = np.concatenate(rates)
+            arrays["elbo"] = -(arrays["distortion"] + arrays["rate"])
+        found = self.found
+        for name in ("elbo", "rate", "distortion"):
+            found[name] = Quantity.over_images(arrays[name]) if name in arrays else Quantity.missing(no_rate)
+        if self.unnormalised:
+            if "elbo" in arrays:
+                found["cross_entropy_plus_rate"] = Quantity.over_images(-arrays.pop("elbo"))
+            found["cross_entropy"] = found["distortion"]
+            found["elbo"] = found["distortion"] = Quantity.missing(self.unnormalised)
+        self.per_image |= arrays
+        self._bits("elbo", self.found["elbo"], sign=-1)
+        return np.concatenate(codes), np.concatenate(sigmas) if sigmas else None
 
-    pixels = torch.from_numpy(data.train.pixels)
-    train = codes_of(model, protocol.training_batch(pixels, stream(TEST_DRAW_SEED, "codes")))
-    neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train))).fit(train, data.train.labels)
-    right = neighbours.predict(codes) == data.test.labels
-    return found | {"knn_accuracy": Quantity.over_images(right.astype(float))}
+    def likelihood(self, k: int, images: int, proposal: str) -> None:
+        """nll by quadrature, nll_is by importance sampling."""
+        exact, broken = ("nll", "nll_error"), self.per_image["distortion"]
+        sizes = [size for size in CURVE if size < k]
+        sampled = ("nll_is", *(f"nll_is_{size}" for size in sizes), "nll_is_excess", "nll_is_drift", "ess", "ess_worst",
+                   "max_weight", "tail_share")  # fmt: skip
+        if self.unnormalised or not np.isfinite(broken).all():
+            reason = Quantity.missing(self.unnormalised) if self.unnormalised else Quantity.over_images(broken)
+            self.found |= dict.fromkeys((*exact, *sampled), reason)
+        else:
+            self._exact()
+            index = evenly(images, len(self.x))
+            try:
+                estimate = importance_sampled(
+                    self.model, self.x[index], k, c=self.labels(index), seed=self.seed, proposal=proposal,
+                    on_progress=lambda done: self.on_progress("importance sampling", done),
+                )  # fmt: skip
+            except (NoDensity, UsageError) as error:
+                self.found |= dict.fromkeys(sampled, Quantity.missing(str(error)))
+            else:
+                self._sampled(estimate, index)
+        self._bits("nll", self.found["nll"])
+        self._bits("nll_is", self.found["nll_is"])
 
+    def _exact(self) -> None:
+        try:
+            exact = log_likelihood(
+                self.model, self.x, self.c, on_progress=lambda done: self.on_progress("exact log-likelihood", done)
+            )
+        except (UsageError, NoDensity) as error:
+            self.found["nll"] = self.found["nll_error"] = Quantity.missing(str(error))
+            return
+        self.per_image["log_px"] = exact.log_px
+        self.found["nll"] = Quantity.over_images(-exact.log_px)
+        self.found["nll_error"] = Quantity.of(exact.error.mean(), len(self.x))
 
-def _legibility(
-    model: VAE, data: Dataset, protocol: Protocol, classifier: Classifier | None, samples: int, seed: int
-) -> dict[str, Quantity]:
-    names = ("legible", "class_entropy", "legible_fitted", "class_entropy_fitted")
-    if classifier is None:
-        return dict.fromkeys(names, Quantity.missing("the data has no labels to train a classifier on"))
-    codes = codes_of(model, protocol.test_set(data.test.pixels[:100]).to(model.device))
-    if not np.isfinite(codes).all():
-        return dict.fromkeys(names, Quantity.over_images(codes.sum(1)))
-    prior = prior_codes(model, samples, seed)
-    fitted = fitted_codes(model, protocol.test_set(data.train.pixels[:10_000]).to(model.device), samples, seed)
-    found = {}
-    for suffix, z in (("", prior), ("_fitted", fitted)):
-        read = legibility(classifier, decoded(model, z))
-        se = math.sqrt(read.share * (1 - read.share) / read.n) if read.n > 1 else None
-        found["legible" + suffix] = Quantity(read.share, se, read.n)
-        found["class_entropy" + suffix] = Quantity(read.class_entropy, None, read.n)
-    return found
+    def _sampled(self, estimate: ImportanceSampled, index: np.ndarray) -> None:
+        found = self.found
+        self.per_image |= {"log_px_is": estimate.log_px, "is_images": index}
+        found["nll_is"] = Quantity.over_images(-estimate.log_px, index)
+        for size, values in estimate.curve.items():
+            if size < estimate.k:
+                found[f"nll_is_{size}"] = Quantity.over_images(-values, index)
+        found["nll_is_excess"] = (
+            Quantity.over_images(self.per_image["log_px"][index] - estimate.log_px, index)
+            if "log_px" in self.per_image
+            else Quantity.missing(found["nll"].reason)
+        )
+        found["nll_is_drift"] = Quantity.over_images(estimate.log_px - estimate.tenth, index)
+        found["ess"] = Quantity.of(estimate.median_ess, len(index))
+        found["ess_worst"] = Quantity.of(estimate.worst_ess, len(index))
+        found["max_weight"] = Quantity.of(float(np.median(estimate.max_weight)), len(index))
+        found["tail_share"] = Quantity.of(float(estimate.suspect.mean()), len(index))
+        if estimate.warning:
+            self.alarms.append(estimate.warning)
 
+    def gap(self, images: int) -> None:
+        """gap, approximation_gap and amortisation_gap, on some of the images whose log p(x) is known."""
+        names = ("gap", "approximation_gap", "amortisation_gap")
+        if "log_px" in self.per_image:
+            log_px, index = self.per_image["log_px"], np.arange(len(self.x))
+        elif "log_px_is" in self.per_image:
+            log_px, index = self.per_image["log_px_is"], self.per_image["is_images"]
+        else:
+            self.found |= dict.fromkeys(names, Quantity.missing(self.found["nll_is"].reason))
+            return
+        if not images:
+            self.found |= dict.fromkeys(names, Quantity.missing("not asked for: gap_images is 0"))
+            return
+        some = evenly(images, len(index))
+        log_px, index = log_px[some], index[some]
+        try:
+            split = gaps(
+                self.model, self.x[index], log_px, c=self.labels(index), seed=self.seed,
+                on_progress=lambda done: self.on_progress("gaps of the bound", done),
+            )  # fmt: skip
+        except (UsageError, NoDensity) as error:
+            self.found |= dict.fromkeys(names, Quantity.missing(str(error)))
+            return
+        for name, values in zip(names, (split.gap, split.approximation, split.amortisation), strict=True):
+            self.found[name] = Quantity.over_images(values, index)
 
-def prior_codes(model: VAE, n: int, seed: int) -> Tensor:
-    """`n` codes drawn from the prior, (n, D)."""
-    return model.prior_codes(n, generator=stream(seed, "sample", device=model.device))
-
-
-def fitted_codes(model: VAE, images: Tensor, n: int, seed: int) -> Tensor:
-    """`n` codes drawn from a Gaussian fitted to the codes of images, (n, D): its mean and full covariance."""
-    codes = codes_of(model, images)
-    covariance = np.cov(codes, rowvar=False).reshape(codes.shape[1], -1)
-    root = np.linalg.cholesky(covariance + 1e-12 * np.eye(len(covariance)))
-    eps = torch.randn((n, codes.shape[1]), generator=stream(seed, "fitted"), dtype=torch.float64).numpy()
-    return torch.from_numpy(codes.mean(0) + eps @ root.T).to(next(model.parameters()))
-
-
-def decoded(model: VAE, z: Tensor, batch_size: int = 5000) -> Tensor:
-    """Decoder means (n, *X) at codes (n, D), on the CPU."""
-    with evaluating(model):
-        parts = z.to(model.device).split(batch_size)
-        return torch.cat([model.decode(part.unsqueeze(0)).mean[0].cpu() for part in parts])
-
-
-def _positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UsageError(f"{name} is {value}: expected an integer of 1 or more")
+    def _bits(self, source: str, nats: Quantity, sign: int = 1) -> None:
+        """Bits per dimension of a quantity in nats per image."""
+        name = "bits_per_dim" if source == "nll" else f"bits_per_dim_{source.removeprefix('nll_')}"
+        offset = self.protocol.bits_offset
+        if nats.mean is None or offset is None:
+            reason = nats.reason or f"protocol '{self.protocol.name}' has no bits: its pixels have no reference measure"
+            self.found[name] = Quantity(None, reason=reason, n=nats.n)
+            return
+        unit = math.log(2) * self.x[0].numel()
+        se = None if nats.se is None else nats.se / unit
+        self.found[name] = Quantity(sign * nats.mean / unit + offset, se, nats.n)

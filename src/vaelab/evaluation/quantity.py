@@ -18,10 +18,14 @@ class Quantity:
     reason: str = ""
 
     @classmethod
-    def over_images(cls, values: np.ndarray) -> "Quantity":
-        """Mean and standard error of one value an image; not finite anywhere: no number, and which images."""
+    def over_images(cls, values: np.ndarray, index: np.ndarray | None = None) -> "Quantity":
+        """Mean and standard error of one value an image; not finite anywhere: no number, and which images.
+
+        `index` holds the images' numbers in the test set, where `values` are of some of them.
+        """
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
+            bad = bad if index is None else index[bad]
             shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
             return cls(None, reason=f"not finite for {len(bad)} of {len(values)} images ({shown})", n=len(values))
         se = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
@@ -45,17 +49,21 @@ class Evaluation:
         quantities: by name, see the module's notes.
         protocol: how it was measured: protocol of the data, seed of the test draw, K, images.
         codes: posterior means of the test images (N, D), float64.
-        per_image: arrays (N,) in nats: elbo, rate, distortion, log_px where they exist.
+        per_image: arrays in nats where they exist: elbo, rate, distortion, log_px (N,); log_px_is (M,) of the images
+            whose numbers in the test set are in is_images (M,).
+        alarms: what cannot be trusted and what is wrong with the model, one sentence each.
     """
 
     quantities: dict[str, Quantity]
     protocol: dict[str, Any]
     codes: np.ndarray
     per_image: dict[str, np.ndarray] = field(default_factory=dict)
+    alarms: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for evaluation.json; arrays are left out."""
-        return {"quantities": {k: asdict(v) for k, v in self.quantities.items()}, "protocol": self.protocol}
+        quantities = {k: asdict(v) for k, v in self.quantities.items()}
+        return {"quantities": quantities, "protocol": self.protocol, "alarms": list(self.alarms)}
 
 
 def to_numpy(value: Tensor) -> np.ndarray:

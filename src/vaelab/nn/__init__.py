@@ -1,6 +1,7 @@
 """Networks: tensors to tensors."""
 
+from vaelab.nn.conv import ConvDecoder, ConvEncoder
 from vaelab.nn.label import WithLabel
 from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
 
-__all__ = ["MLP", "ExactLinear", "FourierMLP", "WithLabel"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "ExactLinear", "FourierMLP", "WithLabel"]

@@ -28,16 +28,27 @@ class WithLabel(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (..., B, *X) and labels c (B,) to what the network makes of both.
 
+        On a GPU, looking at labels waits for everything queued before, so training does not look there: its loop has
+        checked the labels of the whole data set (`vaelab.training.labels_for`).
+
         Raises:
-            UsageError: a label outside 0 to classes - 1.
+            UsageError: a label outside 0 to classes - 1, or another number of labels than B.
         """
-        if c.numel() and not (int(c.min()) >= 0 and int(c.max()) < self.classes):
-            raise UsageError(f"a label lies outside 0 to {self.classes - 1}, which this network was built for")
+        if c.numel() and (c.device.type == "cpu" or not self.training):
+            least, most = torch.stack(c.aminmax()).tolist()
+            if least < 0 or most >= self.classes:
+                raise UsageError(
+                    f"a label lies outside 0 to {self.classes - 1}, which this network was built for: "
+                    f"labels from {least} to {most} were given; number them from 0, or build it with more classes"
+                )
+        vector = len(self.network.in_shape) == 1  # type: ignore[arg-type]
+        if vector and x.dim() == 4:  # images into a dense network
+            x = x.flatten(1)
+        batch = x.shape[-2 if vector else -4]
+        if c.shape != (batch,):
+            raise UsageError(f"labels of shape {tuple(c.shape)} were given for {batch} inputs: give one for each")
         label = F.one_hot(c.long(), self.classes).to(x.dtype)
-        width = len(self.network.in_shape)  # type: ignore[arg-type]
-        if width == 1:
-            if x.dim() == 4:  # images into a dense network
-                x = x.flatten(1)
+        if vector:
             return self.network(torch.cat([x, label.expand(*x.shape[:-1], -1)], -1))
         planes = label[..., None, None].expand(*x.shape[:-3], -1, *x.shape[-2:])
         return self.network(torch.cat([x, planes], -3))

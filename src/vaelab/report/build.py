@@ -95,9 +95,10 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
         suffix = f"_{cell.arm.key}" if index else ""
         images = decoded(cell.model, prior_codes(cell.model, SHOWN, seed))
         add(
-            figures.generation(images.numpy(), f"Samples of the prior, {cell.arm.label}", "z ~ N(0, I), decoder mean"),
+            figures.generation(images.numpy(), f"Samples of the prior, {cell.arm.label}",
+                               f"{prior_of(cell.model)}, decoder mean"),
             f"generation{suffix}", f"Samples of the prior, {cell.arm.label}",
-            "The decoder's mean at codes drawn from N(0, I): grey is the probability of ink, not a sample of pixels.",
+            "The decoder's mean at codes drawn from the prior: its expectation of each pixel, not a sample of pixels.",
         )  # fmt: skip
         if index:
             z = fitted_codes(cell.model, train, SHOWN, seed)
@@ -115,7 +116,7 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
             figures.latent_space(
                 points, data.test.labels, data.classes, f"Latent space, {cell.arm.label}", axis_labels=axes),
             f"latent_space_{cell.arm.key}" if index else "latent_space", f"Latent space, {cell.arm.label}",
-            f"Posterior means of the test set{how}; circles: 1, 2 and 3 sigma of the prior.",
+            f"Posterior means of the test set{how}; {'lines' if points.shape[1] == 1 else 'circles'}: 1, 2 and 3 sigma of the prior.",
         )  # fmt: skip
     if len(shown) == 2:
         (a, axes, _), (b, _, _) = planes
@@ -189,6 +190,12 @@ def write(
     return report
 
 
+def prior_of(model: VAE) -> str:
+    """Where a model's codes are drawn from, for the line under a figure."""
+    name = type(model.prior).__name__
+    return "z ~ N(0, I)" if name == "StandardNormal" else f"z ~ {name} prior"
+
+
 def _relative(path: Path, folder: Path) -> str:
     try:
         return path.resolve().relative_to(folder.resolve()).as_posix()
@@ -204,14 +211,13 @@ def _of_every_class(data: Dataset, each: int = 2) -> np.ndarray:
 
 
 def _plane(codes: np.ndarray) -> tuple[np.ndarray, tuple[str, str], str]:
-    """Two columns to draw codes in, the names of the axes, and how they were chosen.
+    """One or two columns to draw codes in, the names of the axes, and how they were chosen.
 
     Under an orthonormal projection a standard normal stays one, so the prior's circles hold in every case.
     """
     dim = codes.shape[1]
     if dim == 1:
-        noise = np.random.default_rng(0).standard_normal(len(codes))
-        return np.column_stack([codes[:, 0], noise]), ("z₁", "noise, to spread the points"), ""
+        return codes, ("z", ""), ""
     if dim == 2:
         return codes, ("z₁", "z₂"), ""
     return codes @ _principal(codes).T, ("first principal axis", "second principal axis"), ", on their principal plane"

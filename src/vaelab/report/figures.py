@@ -171,17 +171,17 @@ def latent_space(
     dot, they are left out and the figure says how many.
 
     Args:
-        codes: (N,2), the posterior means.
+        codes: (N,2), the posterior means; or (N,1), which are spread along a second axis without a meaning.
         labels: (N,) integers, or None.
         limits: (left, right, bottom, top), to override the frame.
 
     Raises:
         NonFiniteError: a code is not finite.
     """
-    points = _codes(codes, "codes")
+    points, line = _codes(codes, "codes")
     groups = groups_of(labels, len(points), classes)
     figure, axes = new_axes(8.0 + legend_width(groups), 8.4)
-    put_title(axes, 7.0, title, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits))
+    put_title(axes, 7.0, title, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits, line=line))
     put_legend(figure, groups)
     return figure
 
@@ -198,23 +198,28 @@ def latent_space_comparison(
     prior_sigmas: Sequence[float] = (1, 2, 3),
     axis_labels: tuple[str, str] = ("z₁", "z₂"),
 ) -> Figure:
-    """The codes (N,2) that two models give the same images, side by side on one scale; see `latent_space`.
+    """The codes (N,2) or (N,1) that two models give the same images, side by side on one scale; see `latent_space`.
 
     Codes too small to be seen on the common scale are shown enlarged in an inset as well.
     """
-    both = _codes(codes_a, "codes_a"), _codes(codes_b, "codes_b")
+    (a, line), (b, line_b) = _codes(codes_a, "codes_a"), _codes(codes_b, "codes_b")
+    both = a, b
+    if line != line_b:
+        raise ValueError("codes_a and codes_b: both have one dimension or both two")
     if len(both[0]) != len(both[1]):
         raise ValueError(f"codes_a and codes_b are of the same images: {len(both[0])} and {len(both[1])} codes given")
     groups = groups_of(labels, len(both[0]), classes)
     limits = _frame(np.concatenate(both), prior_sigmas)
     figure = new_figure(14 + legend_width(groups), 8.1)
     for axes, points, label in zip(figure.subplots(1, 2), both, (label_a, label_b), strict=True):
-        put_title(axes, 6.7, label, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits), size=15)
+        put_title(
+            axes, 6.7, label, _scatter(axes, points, groups, prior_sigmas, axis_labels, limits, line=line), size=15
+        )
         own, (left, right, bottom, _) = _frame(points, prior_sigmas), limits
         if right - left > 5 * (own[1] - own[0]):
             x, y = -left / (right - left), -bottom / (right - left)  # where the prior lies: the inset keeps clear of it
             inset = axes.inset_axes((0.56 if x < 0.6 else 0.03, 0.03 if y > 0.4 else 0.4, 0.41, 0.41), zorder=8)
-            _scatter(inset, points, groups, prior_sigmas, axis_labels, own, small=True)
+            _scatter(inset, points, groups, prior_sigmas, axis_labels, own, small=True, line=line)
             times = 0.41 * (right - left) / (own[1] - own[0])
             inset.set_title(f"enlarged {times:,.0f} times", size=12, loc="center", pad=5)
     put_suptitle(figure, title)
@@ -306,11 +311,16 @@ def training(histories: Mapping[str, Sequence[Mapping[str, Any]]], title: str = 
     return figure
 
 
-def _codes(codes: ArrayLike, name: str) -> Array:
+def _codes(codes: ArrayLike, name: str) -> tuple[Array, bool]:
+    """The codes as points (N,2), and whether they have one dimension: then a second one spreads them."""
     array = np.asarray(codes, dtype=float)
-    if array.ndim != 2 or array.shape[1] != 2 or not len(array):
-        raise ValueError(f"{name}: expected (N,2), got {array.shape}")
-    return all_finite(array, name)
+    if array.ndim != 2 or array.shape[1] not in (1, 2) or not len(array):
+        raise ValueError(f"{name}: expected (N,2) or (N,1), got {array.shape}")
+    all_finite(array, name)
+    if array.shape[1] == 2:
+        return array, False
+    spread = np.random.default_rng(0).uniform(-1, 1, len(array)) * max(1.0, 0.3 * np.abs(array).max())
+    return np.column_stack([array[:, 0], spread]), True
 
 
 def _number(record: Mapping[str, Any], part: str, quantity: str) -> float:
@@ -339,13 +349,16 @@ def _scatter(
     names: tuple[str, str],
     limits: Limits | None,
     small: bool = False,
+    line: bool = False,
 ) -> str:
-    """Draws codes and circles; returns in words how many codes lie outside the circles and beyond the frame."""
+    """Draws codes and circles (lines, in one dimension); returns in words how many codes lie outside, and off the frame."""
     left, right, bottom, top = limits or _frame(points, sigmas)
     axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     axes.locator_params(nbins=7)
     axes.set_xlabel(f"{names[0]} (prior standard deviations)")
-    axes.set_ylabel(f"{names[1]} (prior standard deviations)")
+    axes.set_ylabel("spread, without a meaning" if line else f"{names[1]} (prior standard deviations)")
+    if line:
+        axes.set_yticks([])
     size = float(np.clip(60_000 / len(points), 7, 40)) * (0.3 if small else 1)
     colors = np.empty(len(points), dtype=object)
     for group in groups:
@@ -354,7 +367,7 @@ def _scatter(
         members = np.concatenate([group.members for group in groups if group.marker == marker])
         members = np.random.default_rng(0).permutation(members)  # so that no class is painted over the others
         axes.scatter(*points[members].T, s=size, c=list(colors[members]), marker=marker, alpha=0.75, lw=0)
-    _circles(axes, points, sigmas)
+    (_lines if line else _circles)(axes, points, sigmas)
     _medians(axes, points, groups)
     if small:
         axes.spines[:].set_visible(True)
@@ -364,13 +377,28 @@ def _scatter(
     said = []
     if sigmas:
         far = max(sigmas)
+        outside = np.abs(points[:, 0]) > far if line else np.hypot(*points.T) > far
+        of_prior = math.erfc(far / math.sqrt(2)) if line else math.exp(-far * far / 2)
         said.append(
-            f"{np.mean(np.hypot(*points.T) > far):.1%} of {len(points):,} codes outside the {far:g}σ circle "
-            f"(prior: {math.exp(-far * far / 2):.1%})".replace("%", "\N{NO-BREAK SPACE}%")
+            f"{np.mean(outside):.1%} of {len(points):,} codes outside the {far:g}σ {'lines' if line else 'circle'} "
+            f"(prior: {of_prior:.1%})".replace("%", "\N{NO-BREAK SPACE}%")
         )
     if beyond := int(np.sum((points < (left, bottom)).any(1) | (points > (right, top)).any(1))):
         said.append(f"beyond this frame: {beyond:,}")
     return "; ".join(said)
+
+
+def _lines(axes: Axes, points: Array, sigmas: Sequence[float]) -> None:
+    """The prior's 1, 2, 3 sigma of a single dimension, on both sides."""
+    del points
+    room = float(np.ptp(axes.get_xlim())) < 5 * max(sigmas, default=0)  # for a name at each
+    for sigma in sigmas:
+        for z in (-sigma, sigma):
+            axes.axvline(z, color=INK, lw=1.4 if room else 0.8, zorder=3, path_effects=HALO)
+        if not room and sigma < max(sigmas):
+            continue
+        axes.text(sigma, 0.97, f"{sigma:g}σ", transform=axes.get_xaxis_transform(), ha="center", va="center", zorder=4,
+                  path_effects=HALO, clip_on=True)  # fmt: skip
 
 
 def _circles(axes: Axes, points: Array, sigmas: Sequence[float]) -> None:

@@ -1,0 +1,310 @@
+"""The latent space as a whole: what the codes carry, and how their aggregate differs from the prior.
+
+The aggregate posterior of N images is the mixture q(z) = 1/N sum_j q(z|x_j). With n an image's number, drawn uniformly,
+the rate splits in two ("ELBO surgery", Hoffman & Johnson 2016), and the second part again (Chen et al. 2018,
+arXiv 1802.04942, eq. 2):
+
+    rate  =  I_q(x; z)  +  KL(q(z) || p(z))              I_q = E log q(z|x) - log q(z)
+    total correlation   =  KL(q(z) || prod_d q(z_d))
+
+I_q is what a code tells about which image it came from; KL(q(z) || p(z)) is the cost of a prior that is not the
+aggregate, paid in the bound and seen in samples from where no image is coded ("prior holes"). A unit is *active* where
+the posterior mean moves with the image: Var_x E_q[z_d] > 0.01 (Burda et al. 2016, arXiv 1509.00519, section 5.2).
+
+How it is measured
+    One z is drawn for an image, and log q(z) is the exact mixture over the N evaluated images, the image's own component
+    included: no minibatch estimate (which for N = 10^4 and a batch of 100 is wrong by nats). All four terms are means
+    over the same z, so that rate = I + KL to rounding.
+What it says about other images
+    For these N images the numbers are exact but for the noise of z. For the distribution the images come from, they are
+    biased: I_q cannot exceed log N, and is in expectation a lower bound on the population's (it is InfoNCE with the true
+    conditional); leaving the image's own component out gives an upper bound (Poole et al. 2019, arXiv 1905.06922, eqs. 12
+    and 13). So the two bracket I_q, and with their signs turned KL(q(z) || p(z)), since the rate has no such bias. With 20
+    dimensions and a rate of 25 nats the upper end is useless for any N one can pay for. A second lower bound on the KL
+    needs no mixture: among the densities with the covariance S of the aggregate the Gaussian has the largest entropy, so
+    KL(q(z) || p(z)) >= -E_q log p(z) - 1/2 log det(2 pi e S). The larger of the two is reported, and decides the alarm.
+
+A conditional model has q(z|c) and p(z|c): each mixture runs over the images of one label, and all terms are means over
+labels and images.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vaelab.distributions import LOG_2PI, DiagGaussian, Distribution, FullGaussian, closed_form_kl
+from vaelab.errors import NoDensity, UsageError
+from vaelab.evaluation.codes import outside_prior
+from vaelab.evaluation.quantity import Quantity, to_numpy
+from vaelab.models.vae import VAE
+from vaelab.nn.label import WithLabel
+from vaelab.rng import stream
+from vaelab.training import evaluating
+
+ACTIVE = 0.01
+"""A unit is active where the variance over images of its posterior mean is above this (in a prior of variance 1)."""
+WORK = 10**9
+"""At most so many one-dimensional log densities are computed for the mixtures: some 5 s on two cores."""
+WORK_JOINT = 2 * 10**6
+"""At most so many joint log densities of posteriors that do not factorise."""
+COLLAPSED = 0.1
+"""A mean rate below this many nats is called a collapse."""
+HOLE = 1.0
+"""KL(q(z) || p(z)) of at least so many nats is called a hole: what the bound would gain from a prior that fits."""
+OUTSIDE = 0.05
+"""A share of codes above this outside the region that holds 98.9 % of the prior raises an alarm."""
+
+ROWS = 16
+"""Samples whose densities under all components are held at once; so few that they stay in the processor's cache."""
+
+NAMES = ("mutual_information", "mutual_information_upper", "aggregate_kl", "aggregate_kl_lower", "total_correlation")
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """The four log densities of M samples z_i ~ q(z|x_i), in float64 nats, (M,) each; z is (M, D).
+
+    Attributes:
+        given_x: log q(z_i | x_i).
+        mixture: log q(z_i), over all images of the group.
+        others: the same without the image's own component.
+        prior: log p(z_i).
+        factors: sum over d of log q(z_{i,d}); None where the marginals of the posterior are not known.
+        z: the samples.
+    """
+
+    given_x: np.ndarray
+    mixture: np.ndarray
+    others: np.ndarray
+    prior: np.ndarray
+    factors: np.ndarray | None
+    z: np.ndarray
+
+
+def measure(
+    model: VAE,
+    x: Tensor,
+    c: Tensor | None = None,
+    *,
+    seed: int = 0,
+    images: int = 10_000,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> tuple[dict[str, Quantity], list[str]]:
+    """What the codes of images (N, *X) carry, and alarms in words.
+
+    Args:
+        model: in any state; measured in evaluation mode.
+        x: the test images, as the protocol gives them.
+        c: labels (N,) of a conditional model.
+        seed: of the posterior samples.
+        images: at most so many of the first images are used.
+        on_progress: called with the fraction done.
+
+    Returns:
+        Quantities `active_units`, `rate_dim_0` ... (nats, over images), `mutual_information` and its upper bound,
+        `aggregate_kl` and its lower bound, `total_correlation` (nats; s.e. over the samples z), each n/a with the reason
+        where it does not exist; and the alarms, one sentence each.
+    """
+    x, c = x[:images].to(model.device), None if c is None else c[:images].to(model.device)
+    with evaluating(model):
+        features = features_of(model, x, c)
+        means = to_numpy(model.posterior(features).mean)
+        dims = [f"rate_dim_{d}" for d in range(means.shape[1])]
+        names = ("active_units", *dims, *NAMES)
+        if not np.isfinite(means).all():
+            return dict.fromkeys(names, Quantity.over_images(means.sum(1))), []
+        groups = np.zeros(len(x), int) if c is None else c.cpu().numpy()
+        found = {"active_units": active_units(means, groups)} | _rate_of_each(model, features, c, dims)
+        parts, reason = [], ""
+        try:
+            parts = aggregates(model, features, groups, seed, on_progress)
+        except (NoDensity, UsageError) as error:
+            reason = str(error)
+        found |= _surgery(parts) if parts else dict.fromkeys(NAMES, Quantity.missing(reason))
+        return found, alarms(found, parts, outside_prior(model, means, c, seed))
+
+
+def features_of(model: VAE, x: Tensor, c: Tensor | None = None, batch_size: int = 2000) -> Tensor:
+    """What the posterior reads of images (N, *X): the encoder's output, (N, F). Not images: memory is bounded."""
+    index = torch.arange(len(x), device=x.device).split(batch_size)
+    labelled = isinstance(model.encoder, WithLabel)
+    return torch.cat([model.encoder(x[i], c[i]) if labelled and c is not None else model.encoder(x[i]) for i in index])
+
+
+def active_units(means: np.ndarray, groups: np.ndarray) -> Quantity:
+    """How many dimensions of the posterior means (N, D) vary by more than `ACTIVE`, within each group of images."""
+    centred = means.copy()
+    for label in np.unique(groups):
+        centred[groups == label] -= means[groups == label].mean(0)
+    return Quantity.of(int((centred.var(0) > ACTIVE).sum()), len(means))
+
+
+def _rate_of_each(model: VAE, features: Tensor, c: Tensor | None, names: list[str]) -> dict[str, Quantity]:
+    kl = closed_form_kl(model.posterior(features), model.latent_prior(c))
+    if kl is None or kl.shape[-1] != len(names):
+        reason = "the rate of this posterior and this prior has no closed form that is a sum over latent dimensions"
+        return dict.fromkeys(names, Quantity.missing(reason))
+    each = to_numpy(kl)
+    return {name: Quantity.over_images(each[:, d]) for d, name in enumerate(names)}
+
+
+def aggregates(
+    model: VAE,
+    features: Tensor,
+    groups: np.ndarray,
+    seed: int,
+    on_progress: Callable[[float], None] = lambda done: None,
+) -> list[Aggregate]:
+    """The densities of samples of q(z|x) under their mixture, one `Aggregate` for each group of images.
+
+    Where all pairs would be more than `WORK`, fewer samples are drawn; the mixtures always run over all images.
+
+    Args:
+        model: in evaluation mode.
+        features: of all images (N, F), see `features_of`.
+        groups: labels (N,), or zeros; a group of one image has no mixture and is left out.
+        seed: of the samples.
+        on_progress: called with the fraction done.
+
+    Raises:
+        NoDensity: a Dirac posterior, or a prior that has none.
+        UsageError: no group of at least two images.
+    """
+    factorised = _factorises(model, features)
+    if not factorised:
+        most = math.isqrt(WORK_JOINT)
+        features, groups = features[:most], groups[:most]
+    labels, sizes = np.unique(groups, return_counts=True)
+    labels, sizes = labels[sizes > 1], sizes[sizes > 1]
+    if not len(labels):
+        raise UsageError("the aggregate posterior needs at least two images (of one label, in a conditional model)")
+    work = int((sizes.astype(float) ** 2).sum()) * model.latent_dim
+    noise, parts = stream(seed, "aggregate", device=features.device), []
+    for i, (label, size) in enumerate(zip(labels, sizes, strict=True)):
+        index = torch.from_numpy(np.flatnonzero(groups == label)).to(features.device)
+        # in random order: the samples are of the first images only where all would take too long
+        q = model.posterior(features[index[torch.randperm(len(index), generator=noise, device=index.device)]])
+        z, _ = q.draw(1, noise)
+        z = z[0, : int(max(2, min(size, size * WORK / work)))] if factorised else z[0]
+        c = torch.full((len(z),), int(label), device=z.device) if model.classes is not None else None
+        prior = model.latent_prior(c).log_prob(z.unsqueeze(0))[0]
+        parts.append(_mixture(q, z, prior, factorised, lambda done, i=i: on_progress((i + done) / len(labels))))
+    return parts
+
+
+def _factorises(model: VAE, features: Tensor) -> bool:
+    """Whether the posterior is a product over dimensions. Raises NoDensity for a Dirac."""
+    q = model.posterior(features[:2])
+    z, log_q = q.draw(1, stream(0, "probe", device=features.device))
+    if log_q is None:
+        q.log_prob(z)
+    try:
+        q.log_prob_each(z)
+    except UsageError:
+        return False
+    return True
+
+
+def _mixture(
+    q: Distribution, z: Tensor, prior: Tensor, factorised: bool, on_progress: Callable[[float], None]
+) -> Aggregate:
+    """Densities of z (M, D), drawn from the first M of the N components of q, under their mixture."""
+    n, dims = len(q.mean), range(z.shape[1])
+    marginal = _marginals(q, factorised)
+    single = [] if marginal is None else [_dimension(marginal, d) for d in dims]
+    rows: list[Tensor] = []
+    for start in range(0, len(z), ROWS):
+        part = z[start : start + ROWS]
+        pairs = torch.zeros(len(part), n, dtype=z.dtype, device=z.device) if factorised else q.log_prob_all(part)
+        factors = torch.full((len(part),), -len(dims) * math.log(n), dtype=torch.float64, device=z.device)
+        for d, one in enumerate(single):
+            each = one.log_prob_each(part[:, None, d : d + 1])[..., 0]
+            factors += each.logsumexp(1)
+            if factorised:
+                pairs += each
+        own = (torch.arange(len(part)), torch.arange(start, start + len(part)))
+        given_x, mixture = pairs[own], pairs.logsumexp(1)
+        pairs[own] = -math.inf
+        columns = (given_x, mixture - math.log(n), pairs.logsumexp(1) - math.log(n - 1), factors)
+        rows.append(torch.stack([column.double().cpu() for column in columns]))
+        on_progress((start + len(part)) / len(z))
+    given_x, mixture, others, factors = torch.cat(rows, 1).numpy()
+    return Aggregate(given_x, mixture, others, to_numpy(prior), factors if single else None, to_numpy(z))
+
+
+def _marginals(q: Distribution, factorised: bool) -> Distribution | None:
+    """The marginals of each dimension, as one distribution that factorises; None where they are not known."""
+    if isinstance(q, FullGaussian):
+        return DiagGaussian(q.mean, q.scale_tril.tril().square().sum(-1).sqrt().log())
+    return q if factorised else None
+
+
+def _dimension(q: Distribution, d: int) -> Distribution:
+    """One dimension of a distribution that factorises, (N, 1)."""
+    tensors = [f.name for f in fields(q) if isinstance(getattr(q, f.name), Tensor)]
+    return replace(q, **{name: getattr(q, name)[..., d : d + 1].contiguous() for name in tensors})
+
+
+def _surgery(parts: list[Aggregate]) -> dict[str, Quantity]:
+    given_x, mixture, others, prior = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("given_x", "mixture", "others", "prior")
+    )
+    lower = others - prior
+    gaussian = np.concatenate([-part.prior - _gaussian_entropy(part.z) for part in parts])
+    if gaussian.mean() > lower.mean():
+        lower = gaussian
+    factors = [part.factors for part in parts if part.factors is not None]
+    return {
+        "mutual_information": Quantity.over_images(given_x - mixture),
+        "mutual_information_upper": Quantity.over_images(given_x - prior - lower),
+        "aggregate_kl": Quantity.over_images(mixture - prior),
+        "aggregate_kl_lower": Quantity.over_images(lower),
+        "total_correlation": Quantity.over_images(mixture - np.concatenate(factors))
+        if factors
+        else Quantity.missing("the marginals of this posterior's dimensions are not known in closed form"),
+    }
+
+
+def _gaussian_entropy(z: np.ndarray) -> float:
+    """Entropy of a Gaussian with the covariance of samples (M, D); infinite, which bounds nothing, for few samples."""
+    m, dim = z.shape
+    if m < 10 * dim:
+        return math.inf
+    _, log_det = np.linalg.slogdet(np.cov(z, rowvar=False).reshape(dim, dim))
+    # a sample covariance has too small a determinant: its log by D (D + 1) / 2M to first order (Wishart)
+    return 0.5 * (dim * (LOG_2PI + 1) + log_det + dim * (dim + 1) / (2 * m))
+
+
+def alarms(found: dict[str, Quantity], parts: list[Aggregate], outside: Quantity) -> list[str]:
+    """What is wrong with the latent space, a sentence each.
+
+    Collapse: a rate below `COLLAPSED`, or no active unit; fewer than half of the units active is said, too. Hole: the
+    lower bound on KL(q(z) || p(z)) is above `HOLE` by two standard errors. Codes outside: a share above `OUTSIDE`.
+    """
+    said = []
+    dims = sum(name.startswith("rate_dim_") for name in found)
+    rate = np.concatenate([part.given_x - part.prior for part in parts]).mean() if parts else math.inf
+    active, hole = found["active_units"].mean, found["aggregate_kl_lower"]
+    if active == 0 or rate < COLLAPSED:
+        said.append(
+            f"posterior collapse: {active:.0f} of {dims} latent dimensions are active"
+            + (f" and the rate is {rate:.2f} nats" if parts else "")
+            + ", so the code says next to nothing about the image; try KL warm-up, free bits or a weaker decoder"
+        )
+    elif active is not None and active < dims / 2:
+        said.append(f"only {active:.0f} of {dims} latent dimensions are active: the others carry nothing")
+    if hole.mean is not None and hole.mean - 2 * (hole.se or 0.0) > HOLE:
+        said.append(
+            f"prior hole: KL(q(z) || p(z)) is at least {hole.mean:.1f} nats, so samples of the prior fall where no image "
+            "is coded; fit a prior to the codes (vaelab fit-prior), or give the KL term more weight"
+        )
+    if outside.mean is not None and outside.mean > OUTSIDE:
+        said.append(
+            f"codes outside the prior: {100 * outside.mean:.0f} % of them lie outside the region that holds 98.9 % of its "
+            "mass (1.1 % would)"
+        )
+    return said
