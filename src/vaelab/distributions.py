@@ -117,7 +117,8 @@ def log_chi2_tail(squared: float, dof: int) -> float:
 
 def _reach(radius: float, centre: Tensor, scale: Tensor) -> float:
     """(radius - |centre|) / scale of the batch member that reaches furthest; centre (*batch, D), scale (*batch,)."""
-    return float(((radius - torch.linalg.vector_norm(centre.double(), dim=-1)) / scale.double()).min())
+    centre, scale = centre.detach().double(), scale.detach().double()
+    return float(((radius - torch.linalg.vector_norm(centre, dim=-1)) / scale).min())
 
 
 @dataclass(frozen=True, eq=False)

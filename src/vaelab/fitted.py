@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ from torch import Tensor, nn
 
 from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import Protocol
+from vaelab.distributions import FullGaussian, Mixture
 from vaelab.errors import NonFiniteError, UsageError, unknown_name
-from vaelab.evaluation.latent import features_of
+from vaelab.evaluation.codes import features_of
 from vaelab.evaluation.quantity import Quantity, to_numpy
 from vaelab.models.vae import VAE
 from vaelab.priors import Flow, MixtureOfGaussians, Prior, SecondStage
@@ -205,29 +206,45 @@ KEPT = ("device", "data_fingerprint", "data_source", "precision", "precision_rea
 """What a run with a fitted prior takes over from the env.json of the run it was made from."""
 
 
-def _mixture(codes: Tensor, components: int, seed: int) -> MixtureOfGaussians:
-    z = codes.double().numpy()
+def maximum_likelihood(z: np.ndarray, components: int, seed: int = 0) -> Mixture:
+    """A mixture of Gaussians of full covariance fitted to z (N, D): sample moments, or EM from k-means; float64."""
     mean, std = z.mean(0), z.std(0)
-    if not (std > 0).all():
-        constant = int(np.flatnonzero(std <= 0)[0])
-        raise UsageError(
-            f"latent dimension {constant} is the same for all training images, so the codes have no density: retrain with "
-            "fewer latent dimensions"
-        )
-    prior = _built(lambda: MixtureOfGaussians(z.shape[1], components, covariance="full"), seed)
     if components == 1:
-        moments = (np.ones(1), mean[None], np.cov(z, rowvar=False, bias=True).reshape(1, z.shape[1], -1))
+        weights, means, covariances = (
+            np.ones(1),
+            mean[None],
+            np.cov(z, rowvar=False, bias=True).reshape(1, len(mean), -1),
+        )
     else:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
 
         # standardised: what is added to the diagonals for stability is then 1e-6 of the codes' own variance
-        em = GaussianMixture(components, max_iter=300, random_state=stream_seed(seed, "fit") % 2**32)
+        em: Any = GaussianMixture(components, max_iter=300, random_state=stream_seed(seed, "fit") % 2**32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # 300 steps of EM are a good fit, converged or not
             em.fit((z - mean) / std)
-        moments = (em.weights_, mean + std * em.means_, em.covariances_ * np.outer(std, std))
-    prior.fill(*(torch.from_numpy(np.ascontiguousarray(part)) for part in moments))
+        weights, means, covariances = em.weights_, mean + std * em.means_, em.covariances_ * np.outer(std, std)
+    roots = np.linalg.cholesky(covariances)
+    logits, centres, scales = (torch.from_numpy(np.ascontiguousarray(t)) for t in (np.log(weights), means, roots))
+    return Mixture(logits, FullGaussian(centres, scales))
+
+
+def _mixture(codes: Tensor, components: int, seed: int) -> MixtureOfGaussians:
+    z = codes.double().numpy()
+    constant = np.flatnonzero(z.std(0) <= 1e-6 * np.abs(z).max())
+    if len(constant):
+        raise UsageError(
+            f"latent dimension {constant[0]} is the same for all training images, so the codes have no density: train "
+            "again with fewer latent dimensions"
+        )
+    try:
+        fit = maximum_likelihood(z, components, seed)
+    except (np.linalg.LinAlgError, ValueError) as error:
+        raise UsageError(f"a covariance of the codes is singular ({error}): take fewer components") from None
+    prior = _built(lambda: MixtureOfGaussians(z.shape[1], components, covariance="full"), seed)
+    roots = fit.components.scale_tril  # type: ignore[attr-defined]
+    prior.fill(fit.logits.exp(), fit.components.mean, roots @ roots.mT)
     return prior.eval()
 
 

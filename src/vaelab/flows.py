@@ -44,6 +44,10 @@ from vaelab.errors import UsageError
 
 BOUND = 5.0
 """A spline acts on [-BOUND, BOUND] and is the identity outside (zuko's default)."""
+SLOPE = 0.1
+"""A spline's slopes at its knots lie in [SLOPE, 1 / SLOPE]. With zuko's default of 0.001 float32 loses the inverse: over
+random networks log q by the inverse was up to 2.5 nats from that of the draw (here 0.0014), and with larger weights some
+inverses were not a number (here none)."""
 FLOOR = 1e-3
 """A planar layer's slope along w is at least this."""
 
@@ -54,8 +58,8 @@ def zuko_module() -> ModuleType:
     Raises:
         UsageError: it is not installed.
     """
-    if "zuko" in sys.modules:
-        return sys.modules["zuko"]
+    if (zuko := sys.modules.get("zuko")) is not None:
+        return zuko
     validate = TorchDistribution._validate_args
     try:
         return importlib.import_module("zuko")
@@ -82,7 +86,7 @@ def _stack(
     if affine:
         univariate, shapes = zuko.transforms.MonotonicAffineTransform, [(), ()]
     else:
-        univariate = partial(zuko.transforms.MonotonicRQSTransform, bound=BOUND)
+        univariate = partial(zuko.transforms.MonotonicRQSTransform, bound=BOUND, slope=SLOPE)
         shapes = [(bins,), (bins,), (bins - 1,)]
     order = torch.arange(dim)
     maps = [

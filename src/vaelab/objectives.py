@@ -135,7 +135,7 @@ class IWAE:
 
 @dataclass(frozen=True)
 class MIWAE:
-    """loss = -mean_m log mean_k w_mk: `m` groups of K / m samples (Rainforth et al. 2018, arXiv 1802.04537, eq. 9).
+    """loss = -mean_m log mean_k w_mk: `m` groups of K / m samples (Rainforth et al. 2018, arXiv 1802.04537, section 4).
 
     m = 1 is `IWAE`, m = K the ELBO. Samples 0 to K / m - 1 of the trace are the first group.
 
@@ -184,9 +184,9 @@ class PIWAE:
 
 @dataclass(frozen=True)
 class CIWAE:
-    """loss = -(beta * ELBO + (1 - beta) * IWAE) (Rainforth et al. 2018, arXiv 1802.04537, eq. 11); the bound is the same mean.
+    """loss = -(beta * ELBO + (1 - beta) * IWAE) (Rainforth et al. 2018, arXiv 1802.04537, section 4).
 
-    The ELBO has its closed-form rate, where there is one.
+    The bound is the same mean of two bounds. The ELBO has its closed-form rate, where there is one.
 
     Args:
         beta: share of the ELBO, in [0, 1].
@@ -205,7 +205,7 @@ class CIWAE:
 
 @dataclass(frozen=True)
 class STL:
-    """The ELBO's gradient without the score of q, "sticking the landing" (Roeder et al. 2017, arXiv 1703.09194, eq. 8).
+    """The ELBO's gradient without the score of q, "sticking the landing" (Roeder et al. 2017, arXiv 1703.09194).
 
     loss = -mean_k (log p(x, z_k) - log q(z_k|x)), with the parameters inside log q stopped. What is left out,
     d log q(z|x) / d parameters at a fixed z, is zero in the mean; without it the encoder's gradient is zero for every single
@@ -220,7 +220,7 @@ class STL:
 
 @dataclass(frozen=True)
 class DReG:
-    """IWAE with the doubly reparameterised gradient for the encoder (Tucker et al. 2019, arXiv 1810.04152, eq. 8).
+    """IWAE with the doubly reparameterised gradient for the encoder (Tucker et al. 2019, arXiv 1810.04152).
 
     encoder           sum_k w~_k^2  d log w_k / d z_k  d z_k / d parameters      (parameters inside log q stopped)
     decoder, prior    sum_k w~_k    d log w_k / d parameters                     as in `IWAE`
@@ -336,7 +336,7 @@ def _covariance(codes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InfoVAE:
-    """loss = distortion + (1 - alpha) * rate + (alpha + scale - 1) * MMD (Zhao et al. 2017, arXiv 1706.02262, eq. 6).
+    """loss = distortion + (1 - alpha) * rate + (alpha + scale - 1) * MMD (Zhao et al. 2017, arXiv 1706.02262).
 
     MMD is between the batch's codes and as many draws of the prior (`vaelab.estimators.mmd`), whose noise is that of the
     step. alpha = 0, scale = 1 is the ELBO; alpha = 1 is the MMD-VAE, without a rate.
@@ -352,14 +352,24 @@ class InfoVAE:
     kernel: str = "imq"
 
     def __post_init__(self) -> None:
-        _check_number("1 - alpha", 1 - self.alpha, "the weight of the rate in InfoVAE", schedule=False)
-        _check_number("alpha + scale - 1", self.alpha + self.scale - 1, "the weight of InfoVAE's MMD", schedule=False)
+        for name, value in (("alpha", self.alpha), ("scale", self.scale)):
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise UsageError(f"{name} is {value}: InfoVAE takes a finite number")
+        if self.alpha > 1 or self._mmd_weight < -1e-9:
+            raise UsageError(
+                f"alpha is {self.alpha} and scale {self.scale}: the weights 1 - alpha of the rate and "
+                "alpha + scale - 1 of the MMD must be 0 or more"
+            )
         if self.kernel not in KERNELS:
             raise unknown_name("kernel", self.kernel, KERNELS)
 
+    @property
+    def _mmd_weight(self) -> float:
+        return self.scale - (1 - self.alpha)
+
     def __call__(self, trace: Trace, step: int) -> Estimate:
         loss = _distortion_and_rate(trace, 1 - self.alpha)
-        divergence = _weighted_mmd(self, trace, self.alpha + self.scale - 1, self.kernel)
+        divergence = _weighted_mmd(self, trace, self._mmd_weight, self.kernel)
         return _estimate(trace, loss + divergence, _elbo(trace))
 
 
@@ -390,7 +400,7 @@ class WAE:
 
 @dataclass(frozen=True)
 class RAE:
-    """loss = distortion + l2 / 2 * |z|^2 + gradient_penalty * |d mean(x|z) / dz|^2 (Ghosh et al. 2020, arXiv 1903.12436, eq. 7, 8).
+    """loss = distortion + l2 / 2 * |z|^2 + gradient_penalty * |d mean(x|z) / dz|^2 (Ghosh et al. 2020, arXiv 1903.12436).
 
     Regularised autoencoders: a Dirac posterior and no noise, the decoder kept smooth instead. The norm is Frobenius's, over
     all pixels and latent dimensions, by its unbiased estimate |J^T s|^2 with random signs s for the pixels (Hutchinson 1990).
@@ -413,6 +423,11 @@ class RAE:
         z = _only_level(self, trace).z
         loss = _distortion_and_rate(trace, 0.0) + 0.5 * self.l2 * _squared_norm(z)
         if self.gradient_penalty:
+            if not z.requires_grad:
+                raise UsageError(
+                    "RAE's gradient penalty differentiates with respect to the codes: train the encoder too, outside "
+                    "torch.no_grad(), or take gradient_penalty=0"
+                )
             mean = trace.px.mean
             signs = torch.empty_like(mean).bernoulli_(0.5, generator=trace.noise).mul_(2).sub_(1)
             (pulled,) = torch.autograd.grad(mean, z, signs, create_graph=True)

@@ -144,14 +144,13 @@ class MixtureOfGaussians(Prior):
                 f"weights, means and covariances have shapes {given}: expected {(shape[:1], shape, square)}"
             )
         if self.covariance == "diagonal":
-            positive = bool((covariances > 0).all())
-            self.log_std.copy_(0.5 * covariances.log())
+            positive, own, root = bool((covariances > 0).all()), self.log_std, 0.5 * covariances.log()
         else:
             root, failed = torch.linalg.cholesky_ex(covariances)
-            positive = not failed.any()
-            self.scale_tril.copy_(root)
+            positive, own = not failed.any(), self.scale_tril
         if not positive:
             raise UsageError("a covariance is not positive definite: fit fewer components, or add to its diagonal")
+        own.copy_(root)
         self.logits.copy_(weights.log())
         self.mean.copy_(means)
 

@@ -102,12 +102,15 @@ def log_likelihood(
         if c is None:
             return _Integral(model, x, None, tolerance, max_levels).run(max_radius, on_progress)
         labels = c.to(x.device)
-        parts = {}
-        for i, label in enumerate(kinds := labels.unique().tolist()):
+        parts: dict[int, Quadrature] = {}
+        kinds = labels.unique().tolist()
+        for label in kinds:
             chosen = labels == label
-            parts[label] = _Integral(model, x[chosen], labels[chosen][:1], tolerance, max_levels).run(
-                max_radius, lambda done, i=i, n=len(kinds): on_progress((i + done) / n)
-            )
+
+            def show(done: float, before: int = len(parts)) -> None:
+                on_progress((before + done) / len(kinds))
+
+            parts[label] = _Integral(model, x[chosen], labels[chosen][:1], tolerance, max_levels).run(max_radius, show)
         return _together(labels.cpu().numpy(), parts)
 
 

@@ -258,6 +258,7 @@ def labels_for(model: VAE, images: Images, device: torch.device | str = "cpu") -
 
 def _check_fit(model: VAE, data: Dataset, protocol: Protocol, training: Training) -> None:
     check(protocol, model.likelihood)
+    protocol.check_pixels(data.train.pixels)
     labels_for(model, data.train)
     labels_for(model, data.test)
     if training.batch_size > len(data.train):

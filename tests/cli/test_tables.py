@@ -5,10 +5,11 @@ import subprocess
 
 import pytest
 
+from vaelab.data.datasets import NAMES
 from vaelab.recipes import RECIPES
 from vaelab.studies import STUDIES
 
-COMMANDS = {"recipes": set(RECIPES), "studies": set(STUDIES), "data": {"mnist", "digits"}}
+COMMANDS = {"recipes": set(RECIPES), "studies": set(STUDIES), "data": set(NAMES)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -111,7 +111,7 @@ def test_static_and_threshold_leave_bits_alone_and_dynamic_never_moves_the_test_
 
 def test_static_is_refused_on_grey_pixels():
     for look in (protocol("static").test_set, protocol("static").check_pixels):
-        with pytest.raises(UsageError, match="must be bits.*mnist-static, or --protocol dynamic"):
+        with pytest.raises(UsageError, match=r"must be bits.*mnist-static, or --protocol dynamic"):
             look(RAMP)
     for name in PROTOCOLS:
         protocol(name).check_pixels(BITS)
@@ -252,7 +252,7 @@ def hand_put(name: str) -> Path | None:
     return Path(folder) if folder and (Path(folder) / name).is_dir() else None
 
 
-def test_the_published_static_draw_is_the_one_with_the_published_digests():
+def test_the_published_files_are_these():
     """Of the sizes and the MD5 of the text of Larochelle & Murray; without the files, of what is expected of them."""
     sizes = {file.name: file.size for file in datasets.STATIC_TEXT.files}
     assert sizes == {f"binarized_mnist_{part}.amat": 1568 * n for part, (n, _) in PUBLISHED.items()}

@@ -428,8 +428,10 @@ def test_fewer_images_than_the_batch_has_are_refused(trace):
         (lambda: DIP(3, 1, 1), "kind is 3"),
         (lambda: DIP(1, -1, 1), "^diagonal is -1"),
         (lambda: DIP(1, 1, -1), "off_diagonal is -1"),
-        (lambda: InfoVAE(2, 1), "1 - alpha is -1"),
-        (lambda: InfoVAE(-1, 1), "alpha \\+ scale - 1 is -1"),
+        (lambda: InfoVAE(2, 1), "alpha is 2 and scale 1: the weights"),
+        (lambda: InfoVAE(-1, 1), "alpha is -1 and scale 1: the weights"),
+        (lambda: InfoVAE("a", 1), "alpha is a: InfoVAE takes a finite number"),
+        (lambda: InfoVAE(0, float("nan")), "scale is nan"),
         (lambda: InfoVAE(0, 1, "rbg"), "did you mean 'rbf'"),
         (lambda: WAE(-1), "scale is -1"),
         (lambda: WAE(1, "rbg"), "did you mean 'rbf'"),
@@ -440,3 +442,16 @@ def test_fewer_images_than_the_batch_has_are_refused(trace):
 def test_values_that_make_no_sense_are_refused(make, said):
     with pytest.raises(UsageError, match=said):
         make()
+
+
+def test_a_gradient_penalty_needs_codes_that_are_differentiated(vae, images):
+    with torch.no_grad():
+        trace = vae().trace(images, generator=stream(0, "noise"))
+    assert RAE(1.0)(trace, 0).loss.isfinite()
+    with pytest.raises(UsageError, match="or take gradient_penalty=0"):
+        RAE(1.0, 1.0)(trace, 0)
+
+
+def test_infovae_weights_may_be_zero_to_rounding():
+    for tenths in range(11):
+        InfoVAE(tenths / 10, 1 - tenths / 10)

@@ -217,6 +217,15 @@ def test_extreme_parameters_have_finite_masses_and_gradients_in_float32(name, si
             assert (field, name) == ("weight", "logistic") or (t.grad is not None and t.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("log_scale", [85.0, 100.0, 1000.0])
+def test_a_scale_beyond_float32_is_all_tails(log_scale):
+    centre, raw = torch.zeros(3, requires_grad=True), torch.full((3,), log_scale, requires_grad=True)
+    log_mass = pixels.log_logistic_mass(torch.tensor([0.0, 128 / 255, 1.0]), centre, raw)
+    log_mass.sum().backward()
+    assert log_mass.isfinite().all() and log_mass[[0, 2]].tolist() == pytest.approx([math.log(0.5)] * 2)
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (centre, raw))
+
+
 def test_the_mean_of_a_continuous_bernoulli_and_its_gradient_are_finite_everywhere():
     logits = torch.tensor([-200.0, -80, -0.5, -1e-20, 0, 1e-20, 0.5, 80, 200], requires_grad=True)
     pixels.continuous_bernoulli_mean(logits).sum().backward()
@@ -284,6 +293,20 @@ def test_the_inverse_distribution_function_of_the_continuous_bernoulli_in_every_
     slope = torch.autograd.functional.jacobian(pixels.continuous_bernoulli_mean, logits.detach()).diagonal()
     assert logits.grad is not None and logits.grad.isfinite().all()
     assert (logits.grad - slope).abs().max() < 0.006  # of the mean of 1000 samples
+
+
+def test_the_ends_of_the_uniform_give_samples_inside(monkeypatch):
+    logits = torch.tensor([-200.0, -80, -0.5, 0, 0.5, 80, 200])[None, None].requires_grad_()
+    for u in (0.0, 1 - 2.0**-24):
+        monkeypatch.setattr(pixels, "_uniform", lambda shape, like, generator, u=u: torch.full(shape, u))
+        x = pixels.ContinuousBernoulli(logits, 1).rsample(1)
+        assert x.min() >= 0 and x.max() <= 1
+        (gradient,) = torch.autograd.grad(x.sum(), logits)
+        assert gradient.isfinite().all()
+        for name, (px, _) in members(1, 1).items():
+            assert not px.rsample(1).isnan().any(), name
+        laplace = pixels.Laplace(torch.zeros(1, 1, 7), torch.zeros(()), 1)
+        assert laplace.rsample(1).isfinite().all()
 
 
 # --- precision, shapes, pairs ---
@@ -355,5 +378,8 @@ def test_a_batch_scaled_gaussian_has_the_root_mean_squared_error():
     log_p.mean().backward()  # d/dm of -P/2 log MSE, also through the scale
     expected = 15 * 2 * (x - mean.detach()) / mean.numel() / error
     assert mean.grad is not None and (mean.grad - expected).abs().max() < 1e-12
+    # the scale is not a constant: an image's density also moves with the errors of the others
+    (elsewhere,) = torch.autograd.grad(px.log_prob(x)[0, 0], mean)
+    assert elsewhere[1:].abs().max() > 1e-3 and elsewhere[:, 1:].abs().max() > 1e-3
     fixed = pixels.Gaussian(mean, px.log_std)
     assert torch.equal(px.rsample(2, stream(0, "noise")), fixed.rsample(2, stream(0, "noise")))

@@ -13,6 +13,7 @@ COMMANDS = {
     "study": ("vaelab.cli.study:app", "Run a study and write its report.", "study removing-kl --seeds 3"),
     "train": ("vaelab.cli.train:app", "Train a recipe into a run folder.", "train mnist --latent-dim 10"),
     "evaluate": ("vaelab.cli.evaluate:evaluate", "Measure runs on their test images.", "evaluate runs/mnist-1 -k 5000"),
+    "compare": ("vaelab.cli.compare:compare", "Pair runs image by image.", "compare runs/mnist-1 runs/mnist-2"),
     "sample": ("vaelab.cli.sample:sample", "Draw images from a model.", "sample runs/mnist-1 -n 64 --out samples.png"),
     "fit-prior": (
         "vaelab.cli.fit_prior:fit_prior",

@@ -315,7 +315,8 @@ def _static(data_dir: str | Path | None) -> Dataset:
 
 def _frey(data_dir: str | Path | None) -> Dataset:
     found = _by_hand(
-        FREY, data_dir, "freyfaces.npz holds frey_rawface.mat of Roweis' page (cs.nyu.edu/~roweis/data.html) as uint8 rows x (1965, 560)"
+        FREY, data_dir,
+        "freyfaces.npz holds frey_rawface.mat of Roweis' page (cs.nyu.edu/~roweis/data.html) as uint8 rows x (1965, 560)",
     )  # fmt: skip
     pixels = _only_array(found["freyfaces.npz"]).reshape(-1, 1, 28, 20)
     order = np.random.RandomState(_SPLIT_SEED).permutation(len(pixels))
@@ -382,7 +383,8 @@ def _blocks() -> Dataset:
     train, test = _split(len(factors), 216, size)
     return Dataset(
         "blocks",
-        *(Images(pixels[part][:, None], size[part], factors[part]) for part in (train, test)),
+        Images(pixels[train][:, None], size[train], factors[train]),
+        Images(pixels[test][:, None], size[test], factors[test]),
         ("2 x 2", "4 x 4", "6 x 6", "8 x 8"),
         "made by vaelab: one square, with factors column (9), row (9), size (4) and grey level (4)",
         ("the test part is a fixed draw of 216 of the 1,296 combinations, size by size",),

@@ -13,8 +13,10 @@ log-likelihood of a conditional model is log p(x|c), with the labels of the data
     latent space               what the codes carry, the aggregate posterior against the prior (`evaluation.latent`)
     codes                      spread, share outside the prior, nearest neighbours, linear probe (`evaluation.codes`)
     samples                    legibility and Fréchet distance (`evaluation.samples`)
+    disentanglement            scores where the factors of the images are known (`evaluation.disentanglement`)
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -26,7 +28,7 @@ from vaelab.data.protocol import TEST_DRAW_SEED, Protocol
 from vaelab.distributions import DiagGaussian
 from vaelab.errors import NoDensity, UsageError, unknown_name
 from vaelab.evaluation import codes as codes_
-from vaelab.evaluation import latent
+from vaelab.evaluation import disentanglement, latent
 from vaelab.evaluation import samples as samples_
 from vaelab.evaluation.codes import codes_of
 from vaelab.evaluation.gaps import Gaps, gaps
@@ -99,11 +101,13 @@ def evaluate(
         )
         found |= about | codes_.measure(model, data, protocol, codes, sigma, seed=seed)
         found |= samples_.measure(model, data, protocol, classifier, samples=samples, seed=seed)
+        found |= disentanglement.measure(model, data, protocol, seed=seed)
     described = {
         "data": data.name,
         "test_images": len(x),
         "protocol": protocol.name,
         "test_draw_seed": TEST_DRAW_SEED if protocol.redrawn else None,
+        "test_fingerprint": fingerprint(x, c),
         "density": "log p(x)" if c is None else "log p(x|c), with the labels of the data",
         "distortion_samples": DISTORTION_SAMPLES,
         "importance_samples": k,
@@ -114,6 +118,13 @@ def evaluate(
         "seed": seed,
     }
     return Evaluation(found, described, codes, measuring.per_image, (*measuring.alarms, *alarms))
+
+
+def fingerprint(x: Tensor, c: Tensor | None = None) -> str:
+    """Twelve hex digits over images, as the model sees them, and labels."""
+    digest = hashlib.sha256(x.float().cpu().numpy().tobytes())
+    digest.update(b"" if c is None else c.long().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def check_arguments(*, k: int = 1, is_images: int = 1, samples: int = 1, gap_images: int = 0) -> None:

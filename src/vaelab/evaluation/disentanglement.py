@@ -25,6 +25,7 @@ The plug-in mutual information of independent codes is (bins - 1)(values - 1) / 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,8 @@ def dci(codes: np.ndarray, factors: np.ndarray, *, trees: int = 20, seed: int = 
     train, test = _halves(len(codes), seed)
     importance, scores = np.zeros((codes.shape[1], factors.shape[1])), []
     for k, v in enumerate(factors.T):
-        forest = RandomForestClassifier(trees, max_features=None, min_samples_leaf=2, random_state=seed)
+        all_of_them: Any = None  # scikit-learn's stubs know only the names
+        forest = RandomForestClassifier(trees, max_features=all_of_them, min_samples_leaf=2, random_state=seed)
         forest.fit(codes[train], v[train])
         importance[:, k] = forest.feature_importances_
         error = (forest.predict(codes[test]) != v[test]).mean()

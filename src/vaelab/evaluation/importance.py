@@ -29,9 +29,11 @@ number is kept.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +45,8 @@ from vaelab.evaluation.quantity import to_numpy
 from vaelab.models.vae import VAE
 from vaelab.rng import stream, stream_seed
 from vaelab.training import evaluating
+
+Result = TypeVar("Result")
 
 PROPOSALS = ("posterior", "widened", "defensive")
 CURVE = (1, 50, 500, 5000)
@@ -172,23 +176,47 @@ def importance_sampled(
     x = x.to(model.device)
     curve = [*(size for size in CURVE if size < k), k]
     sizes = [*curve, max(1, k // 10)]
-    bounds, told = [], []
-    priors: dict[int, Distribution] = {}
     with evaluating(model):
-        for i, image in enumerate(x.split(1)):
-            label = None if c is None else c[i : i + 1].to(model.device)
-            kind = -1 if label is None else int(label)
-            if kind not in priors:  # a prior made of pseudo-inputs costs as much as many images
-                priors[kind] = model.latent_prior(label)
-            log_w = _log_weights(model, image, label, priors[kind], k, seed, proposal, chunk)
-            bounds.append([_bound(log_w, size) for size in sizes])
-            told.append([*_spread(log_w), _pareto_index(to_numpy(log_w))])
-            on_progress((i + 1) / len(x))
+        labels: list[Tensor | None] = [None] * len(x) if c is None else list(c.to(model.device).split(1))
+        # a prior made of pseudo-inputs costs as much as many images: one for each label
+        kinds = [-1 if label is None else int(label) for label in labels]
+        first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+        priors = {kind: model.latent_prior(labels[i]) for kind, i in first.items()}
+
+        def measure(i: int) -> tuple[list[float], list[float]]:
+            with torch.no_grad():
+                log_w = _log_weights(model, x[i : i + 1], labels[i], priors[kinds[i]], k, seed, proposal, chunk)
+                return [_bound(log_w, size) for size in sizes], [*_spread(log_w), _pareto_index(to_numpy(log_w))]
+
+        results = []
+        for result in _each(measure, len(x), model.device):
+            results.append(result)
+            on_progress(len(results) / len(x))
+    bounds, told = zip(*results, strict=True)
     *along, tenth = np.array(bounds).T
     ess, max_weight, tail = np.array(told).T
     return ImportanceSampled(
         along[-1], dict(zip(curve, along, strict=True)), tenth, ess, max_weight, tail, k, proposal, seed
     )
+
+
+def _each(measure: Callable[[int], Result], n: int, device: torch.device) -> Iterator[Result]:
+    """measure(0), ..., measure(n - 1) in order, by as many threads as torch has, with one thread of torch's each.
+
+    Images side by side instead of torch's own threads inside each product: they do not wait for each other, which on a
+    processor that is shared is several times faster, and never slower.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        yield from map(measure, range(n))
+        return
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from pool.map(measure, range(n))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _log_weights(

@@ -21,8 +21,8 @@ What it says about other images
     conditional); leaving the image's own component out gives an upper bound (Poole et al. 2019, arXiv 1905.06922, eqs. 12
     and 13). So the two bracket I_q, and with their signs turned KL(q(z) || p(z)), since the rate has no such bias. With 20
     dimensions and a rate of 25 nats the upper end is useless for any N one can pay for. A second lower bound on the KL
-    needs no mixture: among the densities with the covariance S of the aggregate the Gaussian has the largest entropy, so
-    KL(q(z) || p(z)) >= -E_q log p(z) - 1/2 log det(2 pi e S). The larger of the two is reported, and decides the alarm.
+    has no such trouble: KL(q(z) || p(z)) >= E_q log r(z) - log p(z) for any density r, here ten Gaussians fitted to half
+    of the samples, with the mean over the other half. The larger of the two is reported, and decides the alarm.
 
 A conditional model has q(z|c) and p(z|c): each mixture runs over the images of one label, and all terms are means over
 labels and images.
@@ -36,19 +36,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab.distributions import LOG_2PI, DiagGaussian, Distribution, FullGaussian, closed_form_kl
+from vaelab import fitted
+from vaelab.distributions import DiagGaussian, Distribution, FullGaussian, closed_form_kl
 from vaelab.errors import NoDensity, UsageError
-from vaelab.evaluation.codes import outside_prior
+from vaelab.evaluation.codes import features_of, outside_prior
 from vaelab.evaluation.quantity import Quantity, to_numpy
 from vaelab.models.vae import VAE
-from vaelab.nn.label import WithLabel
 from vaelab.rng import stream
 from vaelab.training import evaluating
 
 ACTIVE = 0.01
 """A unit is active where the variance over images of its posterior mean is above this (in a prior of variance 1)."""
-WORK = 10**9
-"""At most so many one-dimensional log densities are computed for the mixtures: some 5 s on two cores."""
+WORK = 4 * 10**8
+"""At most so many one-dimensional log densities are computed for the marginals' mixtures: some 2 s of one core."""
 WORK_JOINT = 2 * 10**6
 """At most so many joint log densities of posteriors that do not factorise."""
 COLLAPSED = 0.1
@@ -58,22 +58,24 @@ HOLE = 1.0
 OUTSIDE = 0.05
 """A share of codes above this outside the region that holds 98.9 % of the prior raises an alarm."""
 
-ROWS = 16
-"""Samples whose densities under all components are held at once; so few that they stay in the processor's cache."""
+ROWS, ROWS_JOINT = 16, 100
+"""Samples whose densities under all components are held at once: of one dimension, in the processor's cache; of all."""
+COMPONENTS = 10
+"""Of the mixture that bounds KL(q(z) || p(z)) from below; fewer for few samples."""
 
 NAMES = ("mutual_information", "mutual_information_upper", "aggregate_kl", "aggregate_kl_lower", "total_correlation")
 
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
-    """The four log densities of M samples z_i ~ q(z|x_i), in float64 nats, (M,) each; z is (M, D).
+    """Log densities of M samples z_i ~ q(z|x_i), in float64 nats, (M,) each; z is (M, D).
 
     Attributes:
         given_x: log q(z_i | x_i).
         mixture: log q(z_i), over all images of the group.
         others: the same without the image's own component.
         prior: log p(z_i).
-        factors: sum over d of log q(z_{i,d}); None where the marginals of the posterior are not known.
+        factors: sum over d of log q(z_{i,d}), of the first samples only; None where the marginals are not known.
         z: the samples.
     """
 
@@ -124,15 +126,8 @@ def measure(
             parts = aggregates(model, features, groups, seed, on_progress)
         except (NoDensity, UsageError) as error:
             reason = str(error)
-        found |= _surgery(parts) if parts else dict.fromkeys(NAMES, Quantity.missing(reason))
+        found |= _surgery(parts, seed) if parts else dict.fromkeys(NAMES, Quantity.missing(reason))
         return found, alarms(found, parts, outside_prior(model, means, c, seed))
-
-
-def features_of(model: VAE, x: Tensor, c: Tensor | None = None, batch_size: int = 2000) -> Tensor:
-    """What the posterior reads of images (N, *X): the encoder's output, (N, F). Not images: memory is bounded."""
-    index = torch.arange(len(x), device=x.device).split(batch_size)
-    labelled = isinstance(model.encoder, WithLabel)
-    return torch.cat([model.encoder(x[i], c[i]) if labelled and c is not None else model.encoder(x[i]) for i in index])
 
 
 def active_units(means: np.ndarray, groups: np.ndarray) -> Quantity:
@@ -186,13 +181,19 @@ def aggregates(
     noise, parts = stream(seed, "aggregate", device=features.device), []
     for i, (label, size) in enumerate(zip(labels, sizes, strict=True)):
         index = torch.from_numpy(np.flatnonzero(groups == label)).to(features.device)
-        # in random order: the samples are of the first images only where all would take too long
+        # in random order: samples are of the first images only where all would take too long
         q = model.posterior(features[index[torch.randperm(len(index), generator=noise, device=index.device)]])
-        z, _ = q.draw(1, noise)
-        z = z[0, : int(max(2, min(size, size * WORK / work)))] if factorised else z[0]
+        z = q.draw(1, noise)[0][0]
+        few = int(max(2, min(size, size * WORK / work)))
+        if factorised and not isinstance(q, DiagGaussian):  # which alone has its joint densities as a matrix product
+            z = z[:few]
         c = torch.full((len(z),), int(label), device=z.device) if model.classes is not None else None
-        prior = model.latent_prior(c).log_prob(z.unsqueeze(0))[0]
-        parts.append(_mixture(q, z, prior, factorised, lambda done, i=i: on_progress((i + done) / len(labels))))
+        prior = to_numpy(model.latent_prior(c).log_prob(z.unsqueeze(0))[0])
+        joint = _mixture(q, z)
+        marginal = _marginals(q, factorised)
+        factors = None if marginal is None else _factors(marginal, z[:few])
+        parts.append(Aggregate(*joint, prior, factors, to_numpy(z)))
+        on_progress((i + 1) / len(labels))
     return parts
 
 
@@ -209,31 +210,29 @@ def _factorises(model: VAE, features: Tensor) -> bool:
     return True
 
 
-def _mixture(
-    q: Distribution, z: Tensor, prior: Tensor, factorised: bool, on_progress: Callable[[float], None]
-) -> Aggregate:
-    """Densities of z (M, D), drawn from the first M of the N components of q, under their mixture."""
-    n, dims = len(q.mean), range(z.shape[1])
-    marginal = _marginals(q, factorised)
-    single = [] if marginal is None else [_dimension(marginal, d) for d in dims]
-    rows: list[Tensor] = []
-    for start in range(0, len(z), ROWS):
-        part = z[start : start + ROWS]
-        pairs = torch.zeros(len(part), n, dtype=z.dtype, device=z.device) if factorised else q.log_prob_all(part)
-        factors = torch.full((len(part),), -len(dims) * math.log(n), dtype=torch.float64, device=z.device)
-        for d, one in enumerate(single):
-            each = one.log_prob_each(part[:, None, d : d + 1])[..., 0]
-            factors += each.logsumexp(1)
-            if factorised:
-                pairs += each
-        own = (torch.arange(len(part)), torch.arange(start, start + len(part)))
+def _mixture(q: Distribution, z: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of z (M, D), drawn from the first M of the N components of q: log densities under its own component, under the
+    mixture of all and under that of all others."""
+    n, rows = len(q.mean), []
+    for start in range(0, len(z), ROWS_JOINT):
+        pairs = q.log_prob_all(z[start : start + ROWS_JOINT])
+        own = (torch.arange(len(pairs)), torch.arange(start, start + len(pairs)))
         given_x, mixture = pairs[own], pairs.logsumexp(1)
         pairs[own] = -math.inf
-        columns = (given_x, mixture - math.log(n), pairs.logsumexp(1) - math.log(n - 1), factors)
+        columns = (given_x, mixture - math.log(n), pairs.logsumexp(1) - math.log(n - 1))
         rows.append(torch.stack([column.double().cpu() for column in columns]))
-        on_progress((start + len(part)) / len(z))
-    given_x, mixture, others, factors = torch.cat(rows, 1).numpy()
-    return Aggregate(given_x, mixture, others, to_numpy(prior), factors if single else None, to_numpy(z))
+    given_x, mixture, others = torch.cat(rows, 1).numpy()
+    return given_x, mixture, others
+
+
+def _factors(marginal: Distribution, z: Tensor) -> np.ndarray:
+    """sum over d of log q(z_d) for z (M, D), each the mixture of N one-dimensional components."""
+    total = np.full(len(z), -z.shape[1] * math.log(len(marginal.mean)))
+    for d in range(z.shape[1]):
+        one = _dimension(marginal, d)
+        parts = z[:, None, d : d + 1].split(ROWS)
+        total += to_numpy(torch.cat([one.log_prob_each(part)[..., 0].logsumexp(1) for part in parts]))
+    return total
 
 
 def _marginals(q: Distribution, factorised: bool) -> Distribution | None:
@@ -249,34 +248,37 @@ def _dimension(q: Distribution, d: int) -> Distribution:
     return replace(q, **{name: getattr(q, name)[..., d : d + 1].contiguous() for name in tensors})
 
 
-def _surgery(parts: list[Aggregate]) -> dict[str, Quantity]:
+def _surgery(parts: list[Aggregate], seed: int) -> dict[str, Quantity]:
     given_x, mixture, others, prior = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("given_x", "mixture", "others", "prior")
     )
-    lower = others - prior
-    gaussian = np.concatenate([-part.prior - _gaussian_entropy(part.z) for part in parts])
-    if gaussian.mean() > lower.mean():
-        lower = gaussian
-    factors = [part.factors for part in parts if part.factors is not None]
+    lower, upper = others - prior, given_x - others
+    fits = [_held_out(part, seed) for part in parts]
+    if all(fit is not None for fit in fits):
+        gain, told = np.concatenate([fit for fit in fits if fit is not None], 1)
+        if gain.mean() > lower.mean():
+            lower, upper = gain, told
+    factors = [part.mixture[: len(part.factors)] - part.factors for part in parts if part.factors is not None]
     return {
         "mutual_information": Quantity.over_images(given_x - mixture),
-        "mutual_information_upper": Quantity.over_images(given_x - prior - lower),
+        "mutual_information_upper": Quantity.over_images(upper),
         "aggregate_kl": Quantity.over_images(mixture - prior),
         "aggregate_kl_lower": Quantity.over_images(lower),
-        "total_correlation": Quantity.over_images(mixture - np.concatenate(factors))
+        "total_correlation": Quantity.over_images(np.concatenate(factors))
         if factors
         else Quantity.missing("the marginals of this posterior's dimensions are not known in closed form"),
     }
 
 
-def _gaussian_entropy(z: np.ndarray) -> float:
-    """Entropy of a Gaussian with the covariance of samples (M, D); infinite, which bounds nothing, for few samples."""
-    m, dim = z.shape
-    if m < 10 * dim:
-        return math.inf
-    _, log_det = np.linalg.slogdet(np.cov(z, rowvar=False).reshape(dim, dim))
-    # a sample covariance has too small a determinant: its log by D (D + 1) / 2M to first order (Wishart)
-    return 0.5 * (dim * (LOG_2PI + 1) + log_det + dim * (dim + 1) / (2 * m))
+def _held_out(part: Aggregate, seed: int) -> np.ndarray | None:
+    """log r(z) - log p(z) and log q(z|x) - log r(z), (2, M/2), on the half of the samples that r was not fitted to."""
+    half, dim = len(part.z) // 2, part.z.shape[1]
+    components = min(COMPONENTS, half // (20 * dim))
+    if components < 1 or not (part.z[:half].std(0) > 0).all():
+        return None
+    r = fitted.maximum_likelihood(part.z[:half], components, seed)
+    log_r = r.log_prob(torch.from_numpy(part.z[half:]).unsqueeze(0))[0].numpy()
+    return np.stack([log_r - part.prior[half:], part.given_x[half:] - log_r])
 
 
 def alarms(found: dict[str, Quantity], parts: list[Aggregate], outside: Quantity) -> list[str]:

@@ -84,8 +84,10 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
     test, train = protocol.test_set(data.test.pixels), protocol.test_set(data.train.pixels[:10_000])
     pick = _of_every_class(data)
     labels = None if data.test.labels is None else data.test.labels[pick]
-    codes = codes_of(shown[0].model, test[pick])
-    means = decoded(shown[0].model, torch.from_numpy(codes).float())
+    conditional = shown[0].model.classes is not None and labels is not None
+    c = torch.from_numpy(labels) if conditional else None
+    codes = codes_of(shown[0].model, test[pick], c=c)
+    means = decoded(shown[0].model, torch.from_numpy(codes).float(), c=c)
     add(
         figures.reconstruction(test[pick].numpy(), means.numpy(), labels, data.classes),
         "reconstruction", "Reconstructions",
@@ -93,14 +95,16 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
     )  # fmt: skip
     for index, cell in enumerate(shown):
         suffix = f"_{cell.arm.key}" if index else ""
-        images = decoded(cell.model, prior_codes(cell.model, SHOWN, seed))
+        asked = None if cell.model.classes is None else torch.arange(SHOWN) % cell.model.classes
+        images = decoded(cell.model, prior_codes(cell.model, SHOWN, seed, asked), c=asked)
         add(
             figures.generation(images.numpy(), f"Samples of the prior, {cell.arm.label}",
                                f"{prior_of(cell.model)}, decoder mean"),
             f"generation{suffix}", f"Samples of the prior, {cell.arm.label}",
-            "The decoder's mean at codes drawn from the prior: its expectation of each pixel, not a sample of pixels.",
+            "The decoder's mean at codes drawn from the prior: its expectation of each pixel, not a sample of pixels."
+            + ("" if asked is None else " The labels are asked for in turn."),
         )  # fmt: skip
-        if index:
+        if index and not conditional:
             z = fitted_codes(cell.model, train, SHOWN, seed)
             add(
                 figures.generation(
@@ -126,7 +130,7 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
             "latent_space_comparison", "Both latent spaces on one scale",
             "The same test images under both models, with the prior's circles.",
         )  # fmt: skip
-    if shown[0].model.latent_dim >= 2:
+    if shown[0].model.latent_dim >= 2 and not conditional:
         quantiles = np.linspace(0.02, 0.98, 17)
         add(
             figures.manifold({cell.arm.label: _manifold(cell.model, cell.evaluation.codes, quantiles) for cell in shown},
