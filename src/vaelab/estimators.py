@@ -52,7 +52,10 @@ def log_aggregate(q: Distribution, z: Tensor, data_size: int, estimator: str) ->
     """
     k, b = z.shape[:2]
     # code i under the posterior of image j, in each dimension: (K, B_i, B_j, D)
-    each = q.log_prob_each(z.flatten(0, 1).unsqueeze(1)).flatten(2).unflatten(0, (k, b))
+    try:
+        each = q.log_prob_each(z.flatten(0, 1).unsqueeze(1)).flatten(2).unflatten(0, (k, b))
+    except UsageError as error:
+        raise UsageError(f"{error}, and q(z_d) is needed: take a Gaussian or Laplace posterior") from None
     log_weight = _log_weights(b, data_size, estimator, each)
     joint = torch.logsumexp(each.sum(-1) + log_weight, -1)
     return joint, torch.logsumexp(each + log_weight.unsqueeze(-1), -2)

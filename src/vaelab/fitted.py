@@ -44,11 +44,11 @@ from vaelab.priors import Flow, MixtureOfGaussians, Prior, SecondStage
 from vaelab.registry import to_spec
 from vaelab.rng import stream, stream_seed
 from vaelab.run import Run
-from vaelab.training import evaluating
+from vaelab.training import evaluating, labels_for
 
 KINDS = ("gaussian", "mixture", "flow", "second-stage")
 HELD_OUT = 0.1
-BATCH = 256
+BATCH = 512
 PATIENCE = 5
 LEARNING_RATE = 2e-3
 
@@ -66,7 +66,7 @@ def fit_prior(
     layers: int = 2,
     hidden: tuple[int, ...] | None = None,
     latent_dim: int | None = None,
-    epochs: int = 50,
+    epochs: int = 30,
     seed: int = 0,
     on_progress: OnProgress = lambda done: None,
 ) -> Prior:
@@ -98,11 +98,7 @@ def fit_prior(
 
 def aggregate_codes(model: VAE, images: Images, protocol: Protocol, seed: int = 0) -> Tensor:
     """One sample of q(z|x) for each image, (N, D) float32 on the CPU; of a Dirac posterior its code."""
-    c = None
-    if model.classes is not None:
-        if images.labels is None:
-            raise UsageError("this model is conditional and the data has no labels: its images cannot be encoded")
-        c = torch.from_numpy(images.labels).to(model.device)
+    c = labels_for(model, images, model.device)
     x = protocol.training_batch(torch.from_numpy(images.pixels), stream(seed, "fit-images"))
     with evaluating(model):
         q = model.posterior(features_of(model, x.to(model.device), c))
@@ -117,7 +113,7 @@ def fit(
     layers: int = 2,
     hidden: tuple[int, ...] | None = None,
     latent_dim: int | None = None,
-    epochs: int = 50,
+    epochs: int = 30,
     seed: int = 0,
     on_progress: OnProgress = lambda done: None,
 ) -> Prior:
@@ -165,11 +161,11 @@ def gain(model: VAE, prior: Prior, data: Dataset, protocol: Protocol, seed: int 
         NoDensity: one of the two has none.
     """
     z = aggregate_codes(model, data.test, protocol, seed).to(model.device)
-    c = None if data.test.labels is None else torch.from_numpy(data.test.labels).to(model.device)
     fitted = with_prior(model, prior)
     with torch.no_grad():
         new, old = (
-            one.latent_prior(None if one.classes is None else c).log_prob(z.unsqueeze(0))[0] for one in (fitted, model)
+            one.latent_prior(labels_for(one, data.test, z.device)).log_prob(z.unsqueeze(0))[0]
+            for one in (fitted, model)
         )
     return Quantity.over_images(to_numpy(new) - to_numpy(old))
 

@@ -466,7 +466,8 @@ def _steered(trace: Trace, surrogate: Tensor, bound: Tensor, z: Tensor, factor: 
     """An estimate with the value of -bound and the gradient of `surrogate`, times `factor` (K, B) where it passes z.
 
     z is where the encoder's gradient is told from the decoder's: the sum of all that reads z arrives there. The hook acts in
-    the backward pass of this loss only, so that other objectives may share the trace.
+    the backward pass of this loss only, so that other objectives may share the trace; but not in a pass of their sum, nor
+    after one of this loss that was asked for the decoder's gradients alone and so never came by z.
     """
     loss = surrogate + (-bound.mean() - surrogate).detach()
     if loss.requires_grad and z.requires_grad:

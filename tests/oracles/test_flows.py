@@ -96,10 +96,11 @@ def test_drawing_gives_the_log_density_of_what_was_drawn(kind, dim):
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("kind", [*INVERTIBLE, *FLOW_PRIORS])
 def test_densities_integrate_to_one(kind, dim):
-    extent, side = {1: (30, 40_000), 2: (12 if "spline" in kind else 20, 600)}[dim]
+    extent, side = {1: (30, 40_000), 2: (12 if "spline" in kind else 20, 400)}[dim]
     z, volume = grid(dim, extent, side)
     with torch.no_grad():
-        total = (any_flow(kind, dim, size=0.25).log_prob(z).exp().sum() * volume).item()
+        q = any_flow(kind, dim, size=0.25)
+        total = sum(q.log_prob(part).exp().sum().item() for part in z.split(10_000)) * volume
     # the midpoint rule gains little from smoothness at a spline's knots, where the density has an edge
     assert total == pytest.approx(1, abs=(1e-5 if dim == 1 else 1e-3) if "spline" in kind else 1e-6)
 
@@ -107,10 +108,10 @@ def test_densities_integrate_to_one(kind, dim):
 def test_a_planar_flows_density_is_normalised():
     """By its own samples, the only z whose density it knows: E[1/q(z), z in a box] is the box's volume, whatever q."""
     q = posterior("planar", 2, batch=1)
-    z, log_q = q.draw(200_000, stream(1, "noise"))
-    weights = torch.exp(-log_q) * ((z - q.base.mean_).abs() < q.base.std / 2).all(-1)
+    z, log_q = q.draw(500_000, stream(1, "noise"))
+    weights = torch.exp(-log_q) * ((z - q.mean).abs() < q.base.std / 4).all(-1)
     error = weights.std() / math.sqrt(len(weights))
-    volume = q.base.std.prod()
+    volume = (q.base.std / 2).prod()
     assert abs(weights.mean() - volume) < 4 * error < 0.05 * volume
 
 

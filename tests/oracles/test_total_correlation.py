@@ -136,7 +136,9 @@ def test_a_weight_acts_once_and_not_once_for_each_dimension():
 
 def test_a_posterior_that_does_not_factorise_is_refused():
     q = FullGaussian(normal(5, 2), torch.eye(2, dtype=F64).expand(5, 2, 2))
-    with pytest.raises(UsageError, match=r"BetaTC.*does not factorise"):
+    with pytest.raises(
+        UsageError, match=r"BetaTC: FullGaussian does not factorise.*take a Gaussian or Laplace posterior"
+    ):
         BetaTC(1, 6, 1, 50)(trace_of(q), 0)
 
 

@@ -31,7 +31,7 @@ from vaelab.evaluation import codes as codes_
 from vaelab.evaluation import disentanglement, latent
 from vaelab.evaluation import samples as samples_
 from vaelab.evaluation.codes import codes_of
-from vaelab.evaluation.gaps import Gaps, gaps
+from vaelab.evaluation.gaps import Gaps, split_gap
 from vaelab.evaluation.importance import CURVE, PROPOSALS, ImportanceSampled, importance_sampled
 from vaelab.evaluation.quantity import Evaluation, Quantity, to_numpy
 from vaelab.evaluation.samples import decoded, fitted_codes, prior_codes
@@ -43,7 +43,7 @@ from vaelab.training import evaluating, labels_for
 
 __all__ = [
     "CURVE", "PROPOSALS", "Evaluation", "Gaps", "ImportanceSampled", "Quantity", "codes_of", "decoded", "evaluate",
-    "evenly", "fitted_codes", "gaps", "importance_sampled", "prior_codes",
+    "evenly", "fitted_codes", "importance_sampled", "prior_codes", "split_gap",
 ]  # fmt: skip
 
 OnProgress = Callable[[str, float], None]
@@ -267,7 +267,7 @@ class _Measuring:
         some = evenly(images, len(index))
         log_px, index = log_px[some], index[some]
         try:
-            split = gaps(
+            split = split_gap(
                 self.model, self.x[index], log_px, c=self.labels(index), seed=self.seed,
                 on_progress=lambda done: self.on_progress("gaps of the bound", done),
             )  # fmt: skip

@@ -23,7 +23,7 @@ from vaelab.models.vae import VAE
 from vaelab.nn.label import WithLabel
 from vaelab.priors import StandardNormal
 from vaelab.rng import stream
-from vaelab.training import evaluating
+from vaelab.training import evaluating, labels_for
 
 PRIOR_MASS = 1 - math.exp(-4.5)
 """Mass of a 2-D standard normal inside its 3-sigma circle: 98.9 %. In D dimensions, the ball with the same mass."""
@@ -68,9 +68,7 @@ def measure(
     names = ("code_mean", "code_std", "sigma", "outside_prior", "knn_accuracy", "linear_accuracy")
     if not np.isfinite(codes).all():
         return dict.fromkeys(names, Quantity.over_images(codes.sum(1)))
-    c = None
-    if model.classes is not None and data.test.labels is not None:
-        c = torch.from_numpy(data.test.labels[: len(codes)])
+    c = labels_for(model, data.test)
     found = {
         "code_mean": Quantity.of(float(np.linalg.norm(codes.mean(0))), len(codes)),
         "code_std": Quantity.of(np.sqrt(codes.var(0).mean()), len(codes)),
@@ -155,7 +153,3 @@ def linear_probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth:
             return Quantity.missing("the linear probe did not converge in 1000 steps")
     right = np.equal(probe.predict((test - mean) / std), truth)
     return Quantity.over_images(right.astype(float))
-
-
-def _codes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray, sigma: np.ndarray) -> dict[str, Quantity]:
-    return measure(model, data, protocol, codes, sigma if sigma.any() else None)

@@ -159,7 +159,8 @@ def save(run: Run, evaluation: Evaluation, **facts: Any) -> dict[str, Any]:
     document = evaluation.to_dict() | {"code": code_hash(), "weights": _hash_of(run), **facts}
     with replacing(run.path / "evaluation.npz") as temporary, temporary.open("wb") as file:
         described = json.dumps({"protocol": evaluation.protocol, "weights": document["weights"]})
-        np.savez(file, described=np.array(described), **evaluation.per_image)
+        arrays: dict[str, Any] = {"described": np.array(described), **evaluation.per_image}
+        np.savez(file, **arrays)
     write_json(run.path / "evaluation.json", document)
     return document
 

@@ -23,7 +23,7 @@ is invariant to monotone maps of a dimension, to numerical ties, and all are to 
 The plug-in mutual information of independent codes is (bins - 1)(values - 1) / 2N nats too high; gaps cancel most of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +63,24 @@ def measure(model: VAE, data: Dataset, protocol: Protocol, *, seed: int = 0) -> 
     if not np.isfinite(codes).all():
         return dict.fromkeys(NAMES, Quantity.over_images(codes.sum(1)))
     known = np.concatenate(factors)
-    found = dci(codes, known, seed=seed)
-    scores = (
-        mig(codes, known), found.disentanglement, found.completeness, found.informativeness, sap(codes, known),
-        factor_vae_score(codes, known, seed=seed),
-    )  # fmt: skip
-    return {name: Quantity.of(score, len(codes)) for name, score in zip(NAMES, scores, strict=True)}
+    found = {
+        "mig": _score(lambda: mig(codes, known), len(codes)),
+        "sap": _score(lambda: sap(codes, known), len(codes)),
+        "factor_vae_score": _score(lambda: factor_vae_score(codes, known, seed=seed), len(codes)),
+    }
+    try:
+        scores = dci(codes, known, seed=seed)
+    except UsageError as error:
+        return found | dict.fromkeys(NAMES[1:4], Quantity.missing(str(error)))
+    three = (scores.disentanglement, scores.completeness, scores.informativeness)
+    return found | {name: Quantity.of(score, len(codes)) for name, score in zip(NAMES[1:4], three, strict=True)}
+
+
+def _score(score: Callable[[], float], n: int) -> Quantity:
+    try:
+        return Quantity.of(score(), n)
+    except UsageError as error:
+        return Quantity.missing(str(error))
 
 
 def mutual_informations(codes: np.ndarray, factors: np.ndarray, bins: int = BINS) -> np.ndarray:

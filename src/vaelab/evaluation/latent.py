@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from vaelab import fitted
-from vaelab.distributions import DiagGaussian, Distribution, FullGaussian, closed_form_kl
+from vaelab.distributions import DiagGaussian, Distribution, FullGaussian, Transformed, closed_form_kl
 from vaelab.errors import NoDensity, UsageError
 from vaelab.evaluation.codes import features_of, outside_prior
 from vaelab.evaluation.quantity import Quantity, to_numpy
@@ -74,7 +74,7 @@ class Aggregate:
         given_x: log q(z_i | x_i).
         mixture: log q(z_i), over all images of the group.
         others: the same without the image's own component.
-        prior: log p(z_i).
+        prior: log p(z_i); None where the prior has no density.
         factors: sum over d of log q(z_{i,d}), of the first samples only; None where the marginals are not known.
         z: the samples.
     """
@@ -82,7 +82,7 @@ class Aggregate:
     given_x: np.ndarray
     mixture: np.ndarray
     others: np.ndarray
-    prior: np.ndarray
+    prior: np.ndarray | None
     factors: np.ndarray | None
     z: np.ndarray
 
@@ -120,7 +120,8 @@ def measure(
         if not np.isfinite(means).all():
             return dict.fromkeys(names, Quantity.over_images(means.sum(1))), []
         groups = np.zeros(len(x), int) if c is None else c.cpu().numpy()
-        found = {"active_units": active_units(means, groups)} | _rate_of_each(model, features, c, dims)
+        found = {"active_units": active_units(*_means(model, features, seed), groups)}
+        found |= _rate_of_each(model, features, c, dims)
         parts, reason = [], ""
         try:
             parts = aggregates(model, features, groups, seed, on_progress)
@@ -130,12 +131,29 @@ def measure(
         return found, alarms(found, parts, outside_prior(model, means, c, seed))
 
 
-def active_units(means: np.ndarray, groups: np.ndarray) -> Quantity:
-    """How many dimensions of the posterior means (N, D) vary by more than `ACTIVE`, within each group of images."""
-    centred = means.copy()
+def active_units(one: np.ndarray, other: np.ndarray, groups: np.ndarray) -> Quantity:
+    """How many latent dimensions have a posterior mean that varies by more than `ACTIVE` within each group of images.
+
+    Args:
+        one: posterior means (N, D), or independent estimates of them, whose noise the covariance with `other` leaves out.
+        other: the same again.
+        groups: labels (N,), or zeros.
+    """
+    covariance = np.zeros(one.shape[1])
     for label in np.unique(groups):
-        centred[groups == label] -= means[groups == label].mean(0)
-    return Quantity.of(int((centred.var(0) > ACTIVE).sum()), len(means))
+        a, b = one[groups == label], other[groups == label]
+        covariance += ((a - a.mean(0)) * (b - b.mean(0))).sum(0) / len(one)
+    return Quantity.of(int((covariance > ACTIVE).sum()), len(one))
+
+
+def _means(model: VAE, features: Tensor, seed: int, draws: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """E_q[z] of each image twice; of a flow, where it has no closed form, two independent means of draws."""
+    q = model.posterior(features)
+    if not isinstance(q, Transformed):
+        return to_numpy(q.mean), to_numpy(q.mean)
+    noise = stream(seed, "means", device=features.device)
+    one, other = (to_numpy(torch.stack([q.rsample(1, noise)[0] for _ in range(draws)]).mean(0)) for _ in range(2))
+    return one, other
 
 
 def _rate_of_each(model: VAE, features: Tensor, c: Tensor | None, names: list[str]) -> dict[str, Quantity]:
@@ -166,7 +184,7 @@ def aggregates(
         on_progress: called with the fraction done.
 
     Raises:
-        NoDensity: a Dirac posterior, or a prior that has none.
+        NoDensity: a Dirac posterior.
         UsageError: no group of at least two images.
     """
     factorised = _factorises(model, features)
@@ -188,7 +206,10 @@ def aggregates(
         if factorised and not isinstance(q, DiagGaussian):  # which alone has its joint densities as a matrix product
             z = z[:few]
         c = torch.full((len(z),), int(label), device=z.device) if model.classes is not None else None
-        prior = to_numpy(model.latent_prior(c).log_prob(z.unsqueeze(0))[0])
+        try:
+            prior = to_numpy(model.latent_prior(c).log_prob(z.unsqueeze(0))[0])
+        except NoDensity:
+            prior = None
         joint = _mixture(q, z)
         marginal = _marginals(q, factorised)
         factors = None if marginal is None else _factors(marginal, z[:few])
@@ -249,36 +270,47 @@ def _dimension(q: Distribution, d: int) -> Distribution:
 
 
 def _surgery(parts: list[Aggregate], seed: int) -> dict[str, Quantity]:
-    given_x, mixture, others, prior = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("given_x", "mixture", "others", "prior")
+    given_x, mixture, others = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("given_x", "mixture", "others")
     )
-    lower, upper = others - prior, given_x - others
+    # the density that bounds: whichever of the two gives the samples that both can judge more mass
+    bounding, rows = others, np.full(len(others), True)
     fits = [_held_out(part, seed) for part in parts]
     if all(fit is not None for fit in fits):
-        gain, told = np.concatenate([fit for fit in fits if fit is not None], 1)
-        if gain.mean() > lower.mean():
-            lower, upper = gain, told
+        held = np.concatenate([fit for fit in fits if fit is not None])
+        if held[~np.isnan(held)].mean() > others[~np.isnan(held)].mean():
+            bounding, rows = held, ~np.isnan(held)
     factors = [part.mixture[: len(part.factors)] - part.factors for part in parts if part.factors is not None]
-    return {
+    found = {
         "mutual_information": Quantity.over_images(given_x - mixture),
-        "mutual_information_upper": Quantity.over_images(upper),
-        "aggregate_kl": Quantity.over_images(mixture - prior),
-        "aggregate_kl_lower": Quantity.over_images(lower),
+        "mutual_information_upper": Quantity.over_images((given_x - bounding)[rows]),
         "total_correlation": Quantity.over_images(np.concatenate(factors))
         if factors
         else Quantity.missing("the marginals of this posterior's dimensions are not known in closed form"),
     }
+    priors = [part.prior for part in parts if part.prior is not None]
+    if len(priors) < len(parts):
+        reason = "the prior has no density, so how far the aggregate posterior is from it is not known"
+        return found | dict.fromkeys(("aggregate_kl", "aggregate_kl_lower"), Quantity.missing(reason))
+    prior = np.concatenate(priors)
+    found["aggregate_kl"] = Quantity.over_images(mixture - prior)
+    found["aggregate_kl_lower"] = Quantity.over_images((bounding - prior)[rows])
+    return found
 
 
 def _held_out(part: Aggregate, seed: int) -> np.ndarray | None:
-    """log r(z) - log p(z) and log q(z|x) - log r(z), (2, M/2), on the half of the samples that r was not fitted to."""
+    """log r(z) of the half of the samples that the mixture r was not fitted to, NaN for the half it was; None where
+    there are too few samples for a fit."""
     half, dim = len(part.z) // 2, part.z.shape[1]
     components = min(COMPONENTS, half // (20 * dim))
-    if components < 1 or not (part.z[:half].std(0) > 0).all():
+    if components < 1 or not np.isfinite(part.z).all():
         return None
-    r = fitted.maximum_likelihood(part.z[:half], components, seed)
+    try:
+        r = fitted.maximum_likelihood(part.z[:half], components, seed)
+    except (np.linalg.LinAlgError, ValueError):  # codes on a line or a point
+        return None
     log_r = r.log_prob(torch.from_numpy(part.z[half:]).unsqueeze(0))[0].numpy()
-    return np.stack([log_r - part.prior[half:], part.given_x[half:] - log_r])
+    return np.concatenate([np.full(half, np.nan), log_r])
 
 
 def alarms(found: dict[str, Quantity], parts: list[Aggregate], outside: Quantity) -> list[str]:
@@ -289,12 +321,13 @@ def alarms(found: dict[str, Quantity], parts: list[Aggregate], outside: Quantity
     """
     said = []
     dims = sum(name.startswith("rate_dim_") for name in found)
-    rate = np.concatenate([part.given_x - part.prior for part in parts]).mean() if parts else math.inf
+    rates = [part.given_x - part.prior for part in parts if part.prior is not None]
+    rate = float(np.concatenate(rates).mean()) if rates else math.inf
     active, hole = found["active_units"].mean, found["aggregate_kl_lower"]
     if active == 0 or rate < COLLAPSED:
         said.append(
             f"posterior collapse: {active:.0f} of {dims} latent dimensions are active"
-            + (f" and the rate is {rate:.2f} nats" if parts else "")
+            + (f" and the rate is {rate:.2f} nats" if rates else "")
             + ", so the code says next to nothing about the image; try KL warm-up, free bits or a weaker decoder"
         )
     elif active is not None and active < dims / 2:

@@ -193,9 +193,3 @@ def decoded(
             px = model.decode(z[index].to(model.device).unsqueeze(0), labels)
             images.append((px.mean if noise is None else px.rsample(1, noise)[0])[0].cpu())
     return torch.cat(images)
-
-
-def _legibility(
-    model: VAE, data: Dataset, protocol: Protocol, classifier: Classifier | None, samples: int, seed: int
-) -> dict[str, Quantity]:
-    return measure(model, data, protocol, classifier, samples=samples, seed=seed)
