@@ -49,7 +49,10 @@ from vaelab.training import evaluating, labels_for
 KINDS = ("gaussian", "mixture", "flow", "second-stage")
 HELD_OUT = 0.1
 BATCH = 512
+CHECKED = 100
+"""Steps between two looks at the held-out codes."""
 PATIENCE = 5
+"""So many looks in a row without a better one end the fit; after three the learning rate is divided by three."""
 LEARNING_RATE = 2e-3
 
 OnProgress = Callable[[float], None]
@@ -66,7 +69,7 @@ def fit_prior(
     layers: int = 2,
     hidden: tuple[int, ...] | None = None,
     latent_dim: int | None = None,
-    epochs: int = 30,
+    steps: int = 3000,
     seed: int = 0,
     on_progress: OnProgress = lambda done: None,
 ) -> Prior:
@@ -81,7 +84,7 @@ def fit_prior(
         layers: of a flow.
         hidden: widths of the networks of a flow, by default (64,), or of a second stage, (256, 256).
         latent_dim: of a second stage; by default as many as the model has.
-        epochs: at most so many passes over the codes, of a flow or a second stage.
+        steps: at most so many, of a flow or a second stage.
         seed: of the codes and the fit: the same seed gives the same prior.
         on_progress: called with the fraction done.
 
@@ -91,7 +94,7 @@ def fit_prior(
     """
     codes = aggregate_codes(model, data.train, protocol, seed)
     return fit(
-        codes, kind, components=components, layers=layers, hidden=hidden, latent_dim=latent_dim, epochs=epochs, seed=seed,
+        codes, kind, components=components, layers=layers, hidden=hidden, latent_dim=latent_dim, steps=steps, seed=seed,
         on_progress=on_progress,
     )  # fmt: skip
 
@@ -113,14 +116,14 @@ def fit(
     layers: int = 2,
     hidden: tuple[int, ...] | None = None,
     latent_dim: int | None = None,
-    epochs: int = 30,
+    steps: int = 3000,
     seed: int = 0,
     on_progress: OnProgress = lambda done: None,
 ) -> Prior:
     """A prior fitted to codes (N, D); see `fit_prior`."""
     if kind not in KINDS:
         raise unknown_name("kind of prior", kind, KINDS)
-    for name, value in {"components": components, "layers": layers, "epochs": epochs, "latent_dim": latent_dim}.items():
+    for name, value in {"components": components, "layers": layers, "steps": steps, "latent_dim": latent_dim}.items():
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}: expected an integer of 1 or more")
     bad = (~codes.isfinite().all(1)).nonzero().flatten().tolist()
@@ -144,8 +147,8 @@ def fit(
     if kind == "mixture":
         return _mixture(codes, components, seed)
     if kind == "flow":
-        return _flow(codes, layers, hidden or (64,), epochs, seed, on_progress)
-    return _second_stage(codes, latent_dim or dim, hidden or (256, 256), epochs, seed, on_progress)
+        return _flow(codes, layers, hidden or (64,), steps, seed, on_progress)
+    return _second_stage(codes, latent_dim or dim, hidden or (256, 256), steps, seed, on_progress)
 
 
 def with_prior(model: VAE, prior: Prior) -> VAE:
@@ -244,17 +247,17 @@ def _mixture(codes: Tensor, components: int, seed: int) -> MixtureOfGaussians:
     return prior.eval()
 
 
-def _flow(codes: Tensor, layers: int, hidden: tuple[int, ...], epochs: int, seed: int, on_progress: OnProgress) -> Flow:
+def _flow(codes: Tensor, layers: int, hidden: tuple[int, ...], steps: int, seed: int, on_progress: OnProgress) -> Flow:
     prior = _built(lambda: Flow(codes.shape[1], "spline", layers, hidden), seed)
     with torch.no_grad():
         prior.mean.copy_(codes.mean(0))
         prior.log_std.copy_(codes.std(0).clamp_min(1e-6).log())
-    _descend(prior, lambda z, noise: -prior().log_prob(z.unsqueeze(0)).mean(), codes, epochs, seed, on_progress)
+    _descend(prior, lambda z, noise: -prior().log_prob(z.unsqueeze(0)).mean(), codes, steps, seed, on_progress)
     return prior.eval()
 
 
 def _second_stage(
-    codes: Tensor, latent_dim: int, hidden: tuple[int, ...], epochs: int, seed: int, on_progress: OnProgress
+    codes: Tensor, latent_dim: int, hidden: tuple[int, ...], steps: int, seed: int, on_progress: OnProgress
 ) -> SecondStage:
     prior = _built(lambda: SecondStage(codes.shape[1], latent_dim, hidden), seed)
     centre = codes.mean(0)
@@ -264,7 +267,7 @@ def _second_stage(
         trace = prior.vae.trace(z, generator=noise)
         return (trace.distortion + trace.rate).mean()
 
-    _descend(prior, loss, (codes - centre) / scale, epochs, seed, on_progress)
+    _descend(prior, loss, (codes - centre) / scale, steps, seed, on_progress)
     _unscale(prior.vae, centre, scale)
     return prior.eval()
 
@@ -292,7 +295,7 @@ def _descend(
     prior: Prior,
     loss: Callable[[Tensor, torch.Generator], Tensor],
     codes: Tensor,
-    epochs: int,
+    steps: int,
     seed: int,
     on_progress: OnProgress,
 ) -> None:
@@ -302,24 +305,28 @@ def _descend(
     held, train = codes[order[:count]], codes[order[count:]]
     optimiser = torch.optim.Adam(prior.parameters(), LEARNING_RATE)
     best, kept, since = math.inf, copy.deepcopy(prior.state_dict()), 0
-    for epoch in range(epochs):
-        noise = stream(seed, "fit-order", epoch)
-        prior.train()
-        for index in torch.randperm(len(train), generator=noise).split(BATCH):
-            optimiser.zero_grad()
-            loss(train[index], noise).backward()
-            nn.utils.clip_grad_norm_(prior.parameters(), 10.0)
-            optimiser.step()
+    prior.train()
+    for step in range(1, steps + 1):
+        noise = stream(seed, "fit-step", step)
+        batch = train[torch.randint(len(train), (min(BATCH, len(train)),), generator=noise)]
+        optimiser.zero_grad()
+        loss(batch, noise).backward()
+        nn.utils.clip_grad_norm_(prior.parameters(), 10.0)
+        optimiser.step()
+        if step % CHECKED and step < steps:
+            continue
+        on_progress(step / steps)
         with evaluating(prior):
             value = loss(held, stream(seed, "fit-held")).item()
         if value < best:
             best, kept, since = value, copy.deepcopy(prior.state_dict()), 0
-        elif (since := since + 1) > PATIENCE:
+            continue
+        since += 1
+        if since == PATIENCE:
             break
-        elif since % 3 == 0:
+        if since == 3:
             for group in optimiser.param_groups:
                 group["lr"] /= 3
-        on_progress((epoch + 1) / epochs)
     if not math.isfinite(best):
         raise NonFiniteError("the loss on the held-out codes was never finite: the prior could not be fitted")
     prior.load_state_dict(kept)

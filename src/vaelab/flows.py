@@ -139,20 +139,14 @@ class Network:
     def _along(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The network's image of x, and log|det| of the network's Jacobian."""
         with full_precision(x):
-            return self.network(self.context).call_and_ladj(self._spread(x))
+            return self.network(self.context).call_and_ladj(x)
 
     def _against(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """The x whose image is y, and log|det| of the inverse's Jacobian."""
         with full_precision(y):
             transform = self.network(self.context)
-            x = transform.inv(self._spread(y))
+            x = transform.inv(y)
             return x, -transform.call_and_ladj(x)[1]
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """x at the batch shape it has together with the context, which zuko's determinants take for granted."""
-        if self.context is None:
-            return x
-        return x.expand(*torch.broadcast_shapes(x.shape[:-1], self.context.shape[:-1]), x.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)

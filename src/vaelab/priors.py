@@ -8,7 +8,7 @@ that can take its shape costs less rate and leaves fewer holes:
     StandardNormal      N(0, I)                                                   yes
     Laplace             prod exp(-sqrt(2) |z_d|) / sqrt(2)                        yes
     MixtureOfGaussians  sum w_m N(m_m, S_m), learned                              yes
-    VampPrior           mean of q(z|u_k) over learned images u_k                  with a Gaussian or Laplace posterior
+    VampPrior           mean of q(z|u_k) over learned images u_k                  unless the posterior is autoregressive
     Flow                a learned flow over a Gaussian                            splines yes, autoregressive no
     LabelGaussian       a Gaussian for each label                                 yes
     SecondStage         the codes of a second, small VAE: samples, no density     no

@@ -44,7 +44,7 @@ def test_every_sentence_is_there_with_its_numbers():
     assert "from 1.00 to 9.00 (9.0 times)" in found["explosion"] and "from 1.0 % to 80.0 %" in found["explosion"]
     assert "-133.00 nats per image with KL and -200.00 without" in found["exact"]
     assert "7.00 and 700.00 nats below" in found["exact"]
-    assert "1,000 samples" in found["importance"] and "first 500 test images" in found["importance"]
+    assert "1,000 samples" in found["importance"] and "500 evenly spaced test images" in found["importance"]
     assert "of at most 2.30 nats" in found["generation"]
 
 

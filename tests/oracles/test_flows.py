@@ -142,6 +142,27 @@ def _interpolated(fine, at, density):
     return torch.from_numpy(np.interp(fine.numpy(), at.numpy(), density.numpy()))
 
 
+@pytest.mark.parametrize(
+    ("make", "drawing", "density"),
+    [
+        (KINDS["autoregressive"], 1, 4 + 1),
+        (KINDS["spline"], 1, 2 + 1),
+        (FLOW_PRIORS["autoregressive prior"], 4 + 1, 1),
+        (FLOW_PRIORS["spline prior"], 2 + 1, 1),
+    ],
+)
+def test_a_posterior_draws_in_one_pass_and_a_prior_scores_in_one(make, drawing, density):
+    """Passes of a layer's network: an inverse takes `dim` or two, and one more for its determinant."""
+    module = shaken(make(4))
+    q = module() if isinstance(module, priors.Flow) else module(normal(3, FEATURES))
+    passes = []
+    module.network.transforms[0].hyper.register_forward_hook(lambda *_: passes.append(1))
+    z, _ = q.draw(2, stream(0, "noise"))
+    assert len(passes) == drawing
+    q.log_prob(z)
+    assert len(passes) == drawing + density
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_flows_start_as_the_gaussian(kind):
     q = KINDS[kind](3).double()(normal(4, FEATURES))
@@ -288,7 +309,7 @@ def test_flows_run_in_float32_under_autocast(kind):
 
 @pytest.mark.parametrize("kind", ["spline", "spline prior"])
 def test_splines_of_large_weights_are_inverted_in_float32(kind):
-    """With zuko's default slopes about one inverse in thirty is not a number here."""
+    """With zuko's default slopes some inverses are not a number here."""
     module = shaken((FLOW_PRIORS | KINDS)[kind](6), size=10.0).float()
     q = module() if kind in FLOW_PRIORS else module(normal(3, FEATURES).float())
     y, _ = q.flow.forward(2 * normal(2000, 1 if kind in FLOW_PRIORS else 3, 6).float())

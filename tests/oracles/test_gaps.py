@@ -121,10 +121,17 @@ def test_the_parts_add_up_and_the_best_is_no_worse(correlated):
     assert found.amortisation.mean() >= 0
 
 
-def test_a_search_that_goes_astray_is_dropped(oracle):
-    """Steps of fifty scales: the start is better and is kept."""
-    found = split(oracle, oracle.vae(shift=0.2), steps=1, lr=50.0)
+def test_a_search_that_goes_astray_is_dropped(oracle, monkeypatch):
+    """The start is better than what is five scales away, and is kept."""
+    from vaelab.evaluation import gaps
+
+    def astray(start, *others):
+        return gaps._moved(start, torch.full_like(start.mean, 5.0), torch.zeros_like(start.mean))
+
+    monkeypatch.setattr(gaps, "_search", astray)
+    found = split(oracle, oracle.vae(shift=0.2))
     assert abs(found.amortisation).max() == 0
+    assert found.approximation.mean() == pytest.approx(oracle.dim * 0.5 * 0.2**2, abs=0.01)
 
 
 def test_nothing_moves(oracle):

@@ -85,7 +85,8 @@ def _show(first: str, found: "dict[str, dict[str, Difference]]") -> None:
                 rows.append(
                     [LABELS[key], f"{d.mean:+,.3f}", f"{d.se:,.3f}", interval, f"{d.n:,}", f"{d.unpaired_se:,.3f}"]
                 )
-        console.table(rows, title=f"{path} minus {first}")
+        console.text(f"{path} minus {first}")
+        console.table(rows)
         for i, reason in enumerate(reasons, 1):
             console.text(f"[{i}] {reason}")
     console.text("-log p(x): lower is better; ELBO: higher. The intervals are over test images, not over trainings.")

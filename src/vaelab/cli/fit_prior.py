@@ -15,6 +15,9 @@ def fit_prior(
     kind: Annotated[str, Parameter(help="gaussian, mixture, flow or second-stage.")] = "mixture",
     components: Annotated[int, Parameter(converter=console.whole, help="Gaussians in a mixture.")] = 10,
     layers: Annotated[int, Parameter(converter=console.whole, help="Maps in a flow.")] = 2,
+    steps: Annotated[
+        int, Parameter(converter=console.whole, help="At most so many steps of a flow or a second stage.")
+    ] = 3000,
     latent_dim: Annotated[
         int | None, Parameter(help="Dimensions of a second stage; by default as many as the model has.")
     ] = None,
@@ -44,8 +47,8 @@ def fit_prior(
     try:
         with stages(f"fit {kind}") as update:
             prior = fitted.fit_prior(
-                model, data, read, kind, components=components, layers=layers, latent_dim=latent_dim, seed=seed,
-                on_progress=lambda done: update(done, ""),
+                model, data, read, kind, components=components, layers=layers, latent_dim=latent_dim, steps=steps,
+                seed=seed, on_progress=lambda done: update(done, ""),
             )  # fmt: skip
         written = fitted.write_run(
             opened, model, prior, path, fitted_kind=kind, fitted_seed=str(seed), fitted_codes=str(len(data.train))

@@ -175,7 +175,7 @@ def load(run: Run) -> PerImage | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             described = json.loads(str(stored["described"]))
             arrays = {key: stored[key] for key in stored.files if key != "described"}
             kept, weights = PerImage(described["protocol"], arrays), described["weights"]

@@ -126,6 +126,8 @@ def dci(codes: np.ndarray, factors: np.ndarray, *, trees: int = 20, seed: int = 
             f"DCI was asked for {codes.shape[1]} latent dimensions and {factors.shape[1]} factors: expected at least two "
             "of each, since it compares them"
         )
+    # scikit-learn's trees take values within 1e-7 for equal: standardised, the scale is of no matter
+    codes = (codes - codes.mean(0)) / np.where(_varies(codes), codes.std(0), 1.0)
     train, test = _halves(len(codes), seed)
     importance, scores = np.zeros((codes.shape[1], factors.shape[1])), []
     for k, v in enumerate(factors.T):
@@ -185,7 +187,7 @@ def factor_vae_score(
     """
     codes, factors = _checked(codes, factors)
     spread = codes.std(0)
-    active = spread > 1e-9 * max(1.0, np.abs(codes).max())
+    active = _varies(codes)
     if not active.any():
         return 0.0
     scaled = codes[:, active] / spread[active]
@@ -231,6 +233,11 @@ def _checked(codes: np.ndarray, factors: np.ndarray) -> tuple[np.ndarray, np.nda
     return codes, factors.astype(np.int64)
 
 
+def _varies(codes: np.ndarray) -> np.ndarray:
+    """Which columns vary by more than rounding, whatever their scale."""
+    return codes.std(0) > 1e-9 * np.abs(codes).max(0)
+
+
 def _binned(column: np.ndarray, bins: int) -> np.ndarray:
     """Numbers of bins (N,), of equal counts as far as ties allow."""
     values, index = np.unique(column, return_inverse=True)
@@ -254,8 +261,7 @@ def _halves(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def _squared_correlation(z: np.ndarray, v: np.ndarray, seed: int) -> float:
     del seed
     centred, value = z - z.mean(), v - v.mean()
-    scale = centred.std()
-    if scale <= 1e-9 * max(1.0, np.abs(z).max()):
+    if not _varies(z):
         return 0.0
     return float((centred @ value) ** 2 / (centred @ centred) / (value @ value))
 
@@ -264,6 +270,7 @@ def _threshold_score(z: np.ndarray, v: np.ndarray, seed: int) -> float:
     """Balanced accuracy of as many thresholds as the values need, in excess of chance as a share of what is possible."""
     from sklearn.tree import DecisionTreeClassifier
 
+    z = (z - z.mean()) / (z.std() if _varies(z) else 1.0)
     train, test = _halves(len(z), seed)
     values = np.unique(v)
     tree = DecisionTreeClassifier(max_leaf_nodes=len(values), class_weight="balanced", random_state=seed)

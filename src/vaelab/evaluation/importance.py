@@ -134,10 +134,10 @@ class ImportanceSampled:
             )
         if not reasons:
             return ""
-        other = "" if self.proposal == "defensive" else ", or the defensive proposal"
+        others = " or ".join(f"'{name}'" for name in PROPOSALS[1:] if name != self.proposal)
         return (
             f"the importance-sampled log p(x) is too low: {', and '.join(reasons)} (median effective sample size "
-            f"{self.median_ess:.1f}, worst {self.worst_ess:.1f}); take more samples{other}"
+            f"{self.median_ess:.1f}, worst {self.worst_ess:.1f}); take more samples, or try the proposal {others}"
         )
 
 

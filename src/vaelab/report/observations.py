@@ -194,7 +194,7 @@ def _importance(v: _Numbers, k: int, is_images: int) -> str | None:
         else "agrees with it with KL"  # type: ignore[operator]
     )
     return (
-        f"The importance-sampled estimate ({k:,} samples of the encoder's posterior for each of the first {is_images:,} "
+        f"The importance-sampled estimate ({k:,} samples of the encoder's posterior for each of {is_images:,} evenly spaced "
         f"test images) {verdict}: its -log p(x) is {v.text('nll_is_excess', 'kl')} nats above the exact one with KL and "
         f"{v.text('nll_is_excess', 'no_kl')} without, on the same images, with an effective sample size of "
         f"{v.text('ess', 'kl', '{:.0f}')} and {v.text('ess', 'no_kl', '{:.0f}')} of {k:,}.{lesson}"
