@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vaelab import likelihoods, nn, oracles, posteriors, priors, schedules
+    from vaelab import likelihoods, nn, objectives, oracles, posteriors, priors, schedules
     from vaelab.data.datasets import Dataset, Images
     from vaelab.data.datasets import load as load_data
     from vaelab.data.protocol import protocol
     from vaelab.evaluation import evaluate, importance_sampled
+    from vaelab.fitted import fit_prior, with_prior
     from vaelab.models.vae import VAE
     from vaelab.objectives import ELBO
     from vaelab.quadrature import log_likelihood
@@ -37,11 +38,13 @@ _NAMES = {
     "VAE": "vaelab.models.vae:VAE",
     "evaluate": "vaelab.evaluation:evaluate",
     "fit": "vaelab.training:fit",
+    "fit_prior": "vaelab.fitted:fit_prior",
     "importance_sampled": "vaelab.evaluation:importance_sampled",
     "likelihoods": "vaelab.likelihoods",
     "load_data": "vaelab.data.datasets:load",
     "log_likelihood": "vaelab.quadrature:log_likelihood",
     "nn": "vaelab.nn",
+    "objectives": "vaelab.objectives",
     "oracles": "vaelab.oracles",
     "posteriors": "vaelab.posteriors",
     "priors": "vaelab.priors",
@@ -49,11 +52,13 @@ _NAMES = {
     "recipe": "vaelab.recipes:recipe",
     "schedules": "vaelab.schedules",
     "train": "vaelab.training:train",
+    "with_prior": "vaelab.fitted:with_prior",
 }
 
 __all__ = [
-    "ELBO", "VAE", "Dataset", "Images", "Recipe", "Run", "Training", "evaluate", "fit", "importance_sampled", "likelihoods",
-    "load_data", "log_likelihood", "nn", "oracles", "posteriors", "priors", "protocol", "recipe", "schedules", "train",
+    "ELBO", "VAE", "Dataset", "Images", "Recipe", "Run", "Training", "evaluate", "fit", "fit_prior",
+    "importance_sampled", "likelihoods", "load_data", "log_likelihood", "nn", "objectives", "oracles", "posteriors",
+    "priors", "protocol", "recipe", "schedules", "train", "with_prior",
 ]  # fmt: skip
 
 

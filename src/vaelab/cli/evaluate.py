@@ -89,13 +89,15 @@ def measure_and_keep(
 
 def _show(path: str, evaluation: "Evaluation") -> None:
     """Tables of all quantities, the reasons where there are none, and what cannot be trusted."""
-    rows = [["quantity", "unit", "mean", "s.e.", "n"]]
+    rows = [["section", "quantity", "unit", "mean", "s.e.", "n"]]
     reasons: list[str] = []
-    for label, unit, mean, se, n, reason in _rows(evaluation):
+    for section, label, unit, mean, se, n, reason in _rows(evaluation):
         if reason and reason not in reasons:
             reasons.append(reason)
-        rows.append([label, unit, f"n/a [{reasons.index(reason) + 1}]" if reason else mean, se, n])
-    console.table(rows, title=path)
+        shown = f"n/a [{reasons.index(reason) + 1}]" if reason else mean
+        rows.append(["" if section in (row[0] for row in rows) else section, label, unit, shown, se, n])
+    console.text(path)
+    console.table(rows)
     for i, reason in enumerate(reasons, 1):
         console.text(f"[{i}] {reason}")
     curve = _curve(evaluation)
@@ -113,8 +115,8 @@ def _show(path: str, evaluation: "Evaluation") -> None:
         console.text(f"warning: {alarm}")
 
 
-def _rows(evaluation: "Evaluation") -> Iterator[tuple[str, str, str, str, str, str]]:
-    """Label, unit, mean, s.e., n and reason of each row; a whole section without numbers is one row."""
+def _rows(evaluation: "Evaluation") -> Iterator[tuple[str, str, str, str, str, str, str]]:
+    """Section, label, unit, mean, s.e., n and reason of each row; a whole section without numbers is one row."""
     from vaelab.report.metrics import METRICS
 
     found = evaluation.quantities
@@ -126,9 +128,9 @@ def _rows(evaluation: "Evaluation") -> Iterator[tuple[str, str, str, str, str, s
         others = [found[r["key"]] for r in METRICS if r["section"] == section and r["key"] in found]
         if len(others) > 1 and all(other.mean is None and other.reason == q.reason for other in others):
             told.add(section)
-            yield section.lower(), "", "", "", "", q.reason
+            yield section, "", "", "", "", "", q.reason
         elif q.mean is None:
-            yield row["label"], row["unit"], "", "", "", q.reason
+            yield section, row["label"], row["unit"], "", "", "", q.reason
         else:
             form = f",.{row['decimals']}f"
             yield (

@@ -101,7 +101,8 @@ def evaluate(
         )
         found |= about | codes_.measure(model, data, protocol, codes, sigma, seed=seed)
         found |= samples_.measure(model, data, protocol, classifier, samples=samples, seed=seed)
-        found |= disentanglement.measure(model, data, protocol, seed=seed)
+        if data.test.factors is not None:
+            found |= disentanglement.measure(model, data, protocol, seed=seed)
     described = {
         "data": data.name,
         "test_images": len(x),

@@ -34,7 +34,7 @@ METRICS = [
          "The same of the importance-sampled estimate."),
     _row("Likelihood", "bits_per_dim_elbo", "bits per dimension, bound", "bits", 4, "The same of -ELBO: what a code would take."),
     _row("Gap", "gap", "gap of the bound", "nats", 2,
-         "log p(x) - ELBO, log p(x) exact or else importance-sampled, on some of those images."),
+         "log p(x) - ELBO on some images; where log p(x) is importance-sampled, too small by what that is too low."),
     _row("Gap", "approximation_gap", "of the posterior's family", "nats", 2,
          "What is left with the best posterior of the family for each image, as far as it was found."),
     _row("Gap", "amortisation_gap", "of the encoder", "nats", 2, "What the encoder loses to the best posterior of its family."),
