@@ -26,6 +26,10 @@ Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]
 
 IS_IMAGES = 100
 """Test images that a study importance-samples, beside the exact value for all."""
+IS_SAMPLES = 1000
+"""Importance samples for each of them."""
+LATENT_IMAGES = 2000
+"""Test images whose posteriors make a study's aggregate posterior."""
 MIN_STEPS = 2500
 """Small data sets get enough epochs for this many steps, unless the epochs are given."""
 
@@ -146,8 +150,8 @@ def run_study(
                     update(done, label)
 
                 evaluation = evaluate(
-                    model, data, protocol(wanted.protocol), classifier=classifier, is_images=IS_IMAGES,
-                    on_progress=show,
+                    model, data, protocol(wanted.protocol), classifier=classifier, k=IS_SAMPLES, is_images=IS_IMAGES,
+                    gap_images=0, latent_images=LATENT_IMAGES, on_progress=show,
                 )  # fmt: skip
             _go_on(stop)
             write_json(run.path / "evaluation.json", evaluation.to_dict())

@@ -61,7 +61,7 @@ def test_tables_curve_reasons_and_warnings(vaelab, copied):
                  "the same images, by samples", "rate of each latent dimension"):  # fmt: skip
         assert part in out, part
     lines = [line.split() for line in out.splitlines()]
-    curve = lines[lines.index("the same images, by samples".split()) + 1 :]
+    curve = lines[lines.index(["the", "same", "images,", "by", "samples"]) + 1 :]
     assert [line[0] for line in curve if line and line[0] in ("1", "30")] == ["1", "30"]
     assert sum(line[:1] == ["Gap"] for line in lines) == 1
 

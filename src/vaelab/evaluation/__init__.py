@@ -62,6 +62,7 @@ def evaluate(
     is_images: int = 1000,
     proposal: str = "posterior",
     gap_images: int = 100,
+    latent_images: int = 10_000,
     samples: int = 10_000,
     seed: int = 0,
     on_progress: OnProgress = lambda label, done: None,
@@ -77,6 +78,7 @@ def evaluate(
         is_images: how many of the test images are importance-sampled, evenly spaced.
         proposal: of importance sampling, see `vaelab.evaluation.importance`.
         gap_images: for how many of those the bound's gap is split, evenly spaced; none for 0.
+        latent_images: how many of the test images make the aggregate posterior; its cost is their square.
         samples: prior samples that the classifier reads.
         seed: of posterior and prior samples (never of the test images).
         on_progress: see `OnProgress`.
@@ -94,11 +96,13 @@ def evaluate(
     with evaluating(model):
         codes, sigma = measuring.bound()
         measuring.likelihood(k, is_images, proposal)
-        measuring.gap(gap_images)
+        if gap_images:
+            measuring.gap(gap_images)
         found = measuring.found
         about, alarms = latent.measure(
-            model, x, c, seed=seed, on_progress=lambda done: on_progress("aggregate posterior", done)
-        )
+            model, x, c, seed=seed, images=latent_images,
+            on_progress=lambda done: on_progress("aggregate posterior", done),
+        )  # fmt: skip
         found |= about | codes_.measure(model, data, protocol, codes, sigma, seed=seed)
         found |= samples_.measure(model, data, protocol, classifier, samples=samples, seed=seed)
         if data.test.factors is not None:
@@ -114,7 +118,8 @@ def evaluate(
         "importance_samples": k,
         "importance_sampled_images": min(is_images, len(x)),
         "proposal": proposal,
-        "gap_images": found["gap"].n,
+        "gap_images": found["gap"].n if gap_images else 0,
+        "latent_images": min(latent_images, len(x)),
         "prior_samples": samples,
         "seed": seed,
     }
@@ -261,9 +266,6 @@ class _Measuring:
             log_px, index = self.per_image["log_px_is"], self.per_image["is_images"]
         else:
             self.found |= dict.fromkeys(names, Quantity.missing(self.found["nll_is"].reason))
-            return
-        if not images:
-            self.found |= dict.fromkeys(names, Quantity.missing("not asked for: gap_images is 0"))
             return
         some = evenly(images, len(index))
         log_px, index = log_px[some], index[some]

@@ -177,7 +177,7 @@ def write(
             for arm in arms
         ],
         "metrics": rows,
-        "values": {row["key"]: values[row["key"]] for row in rows},
+        "values": values,
         "observations": observations,
         "figures": drawn,
         "protocol": {

@@ -19,6 +19,11 @@ METRICS = [
          "Mean over images of what finer tiles changed last and what could lie outside the tiles."),
     _row("Likelihood", "nll_is", "importance-sampled -log p(x)", "nats", 2,
          "The estimate with K samples of the proposal, on evenly spaced images of the test set; too high where K is too small."),
+    *(
+        _row("Likelihood", f"nll_is_{k}", f"with {k} sample{'s' if k > 1 else ''}", "nats", 2,
+             "The same images, the same samples: means over groups of so many.")
+        for k in (500, 50, 1)
+    ),
     _row("Likelihood", "nll_is_excess", "how far it is too high", "nats", 2,
          "Importance-sampled minus exact, on the same images."),
     _row("Likelihood", "nll_is_drift", "what the last tenfold of samples gained", "nats", 3,
