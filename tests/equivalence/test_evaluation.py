@@ -127,7 +127,7 @@ def test_what_was_measured_is_written_as_strict_json(vae, few):
         "data": "digits", "test_images": 60, "protocol": "dynamic", "test_draw_seed": 13126114,
         "test_fingerprint": fingerprint(protocol("dynamic").test_set(few.test.pixels)), "density": "log p(x)",
         "distortion_samples": 4, "importance_samples": 20, "importance_sampled_images": 30, "proposal": "posterior",
-        "gap_images": 0, "prior_samples": 100, "seed": 0,
+        "gap_images": 0, "latent_images": 60, "prior_samples": 100, "seed": 0,
     }  # fmt: skip
 
 

@@ -133,14 +133,8 @@ def _rows(evaluation: "Evaluation") -> Iterator[tuple[str, str, str, str, str, s
             yield section, row["label"], row["unit"], "", "", "", q.reason
         else:
             form = f",.{row['decimals']}f"
-            yield (
-                row["label"],
-                row["unit"],
-                f"{q.mean:{form}}",
-                "" if q.se is None else f"{q.se:{form}}",
-                f"{q.n:,}",
-                "",
-            )
+            se = "" if q.se is None else f"{q.se:{form}}"
+            yield section, row["label"], row["unit"], f"{q.mean:{form}}", se, f"{q.n:,}", ""
 
 
 def _curve(evaluation: "Evaluation") -> list[list[str]]:

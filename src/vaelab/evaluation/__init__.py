@@ -87,7 +87,7 @@ def evaluate(
         UsageError: k, is_images or samples below one, gap_images below zero, an unknown proposal, or labels that are
             missing.
     """
-    check_arguments(k=k, is_images=is_images, samples=samples, gap_images=gap_images)
+    check_arguments(k=k, is_images=is_images, samples=samples, gap_images=gap_images, latent_images=latent_images)
     if proposal not in PROPOSALS:
         raise unknown_name("proposal", proposal, PROPOSALS)
     x = protocol.test_set(data.test.pixels).to(model.device)
@@ -133,11 +133,10 @@ def fingerprint(x: Tensor, c: Tensor | None = None) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_arguments(*, k: int = 1, is_images: int = 1, samples: int = 1, gap_images: int = 0) -> None:
+def check_arguments(**numbers: int) -> None:
     """Refuse numbers of samples and images that nothing can be measured with. Raises UsageError."""
-    for name, value, least in (
-        ("k", k, 1), ("is_images", is_images, 1), ("samples", samples, 1), ("gap_images", gap_images, 0)
-    ):  # fmt: skip
+    for name, value in numbers.items():
+        least = 0 if name == "gap_images" else 1
         if value < least:
             raise UsageError(f"{name} is {value}: expected an integer of {least} or more")
 

@@ -14,7 +14,7 @@ from vaelab.data.protocol import protocol as protocol_named
 from vaelab.evaluation import Evaluation, codes_of, decoded, fitted_codes, prior_codes
 from vaelab.models.vae import VAE
 from vaelab.report import figures, page
-from vaelab.report.metrics import METRICS
+from vaelab.report.metrics import rows_of
 from vaelab.run import Run, environment
 
 SHOWN = 100
@@ -161,7 +161,7 @@ def write(
     recipe = cells[0].run.recipe()
     measured = {key for key, entries in values.items() if any(e.get("mean") is not None for e in entries.values())}
     # a bound that this likelihood does not have is another row of the same section, not an empty one
-    rows = [m for m in METRICS if m["key"] in values and (m["key"] in measured or m["section"] != "Bound")]
+    rows = [m for m in rows_of(values) if m["key"] in measured or m["section"] != "Bound"]
     report = {
         "format": 1,
         "title": title,
@@ -177,7 +177,7 @@ def write(
             for arm in arms
         ],
         "metrics": rows,
-        "values": values,
+        "values": {row["key"]: values[row["key"]] for row in rows},
         "observations": observations,
         "figures": drawn,
         "protocol": {

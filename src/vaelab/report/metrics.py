@@ -1,5 +1,6 @@
 """The rows of the table: name, unit and one sentence for each quantity that `vaelab.evaluation` measures."""
 
+from collections.abc import Collection
 from typing import Any
 
 
@@ -86,3 +87,15 @@ METRICS = [
     _row("Disentanglement", "sap", "SAP", "", 3, "Separated attribute predictability (Kumar et al. 2018); 0 to 1."),
     _row("Disentanglement", "factor_vae_score", "FactorVAE score", "", 3, "Kim & Mnih 2018; chance is one over the factors."),
 ]  # fmt: skip
+
+
+def rows_of(keys: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of the quantities that are there, in the order of the table; each latent dimension's rate has its own."""
+    rows = [row for row in METRICS if row["key"] in keys]
+    at = next((i for i, row in enumerate(rows) if row["key"] == "mutual_information"), len(rows))
+    rates = [
+        _row("Latent space", key, f"rate of dimension {key.removeprefix('rate_dim_')}", "nats", 3,
+             "Mean over images of KL(q(z_d|x) || p(z_d)).")
+        for key in keys if key.startswith("rate_dim_")
+    ]  # fmt: skip
+    return rows[:at] + rates + rows[at:]
