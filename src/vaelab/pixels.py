@@ -78,7 +78,8 @@ def _softplus(logits: Tensor) -> Tensor:
 def _cross(logits: Tensor, values: Tensor, normaliser: Callable[[Tensor], Tensor]) -> Tensor:
     """x l - A(l) of every pair, logits (G, P) and values (N, P), in one matrix product: (G, N)."""
     with full_precision(logits):
-        return logits @ values.T - normaliser(logits).double().sum(-1, True).to(logits)
+        # summed in float64 the second term would be 5e-5 nats better, and importance sampling a tenth slower
+        return logits @ values.T - normaliser(logits).sum(-1, True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ CURVE = (1, 50, 500, 5000)
 """The K at which published numbers are given."""
 BLOCK = 1000
 """Samples that share one stream of noise."""
-CHUNK = 500
+CHUNK = 250
 """Codes decoded at once: 784 logits each stay in the processor's cache, and the matrix products are still fast."""
 WIDENING = 1.5
 EVERY = 10
