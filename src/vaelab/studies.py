@@ -121,10 +121,10 @@ def run_study(
     """
     from vaelab.data.protocol import protocol
     from vaelab.evaluation import evaluate
+    from vaelab.evaluation.compare import save
     from vaelab.legibility import classifier_for
     from vaelab.report import build, observations
     from vaelab.report.build import Arm, Cell
-    from vaelab.run import write_json
     from vaelab.training import check_recipe
 
     chosen = study(name)
@@ -154,7 +154,7 @@ def run_study(
                     gap_images=0, latent_images=LATENT_IMAGES, on_progress=show,
                 )  # fmt: skip
             _go_on(stop)
-            write_json(run.path / "evaluation.json", evaluation.to_dict())
+            save(run, evaluation)
             cells.append(Cell(arm, run, model, evaluation))
     with stage("figures and report") as update:
         drawn = build.draw(folder, cells, data)

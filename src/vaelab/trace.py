@@ -100,9 +100,3 @@ class Estimate:
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     """log of the mean of exp(log_w) over `dim`, in float64: the importance-sampled estimate of log p(x)."""
     return torch.logsumexp(log_w.double(), dim) - math.log(log_w.shape[dim])
-
-
-def effective_sample_size(log_w: Tensor, dim: int = 0) -> Tensor:
-    """(sum w)^2 / sum w^2 over `dim`, between 1 and K (Kong 1992)."""
-    log_w = log_w.double()
-    return torch.exp(2 * torch.logsumexp(log_w, dim) - torch.logsumexp(2 * log_w, dim))

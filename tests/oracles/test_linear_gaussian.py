@@ -10,7 +10,7 @@ from vaelab.objectives import ELBO
 from vaelab.oracles import LinearGaussian
 from vaelab.quadrature import log_likelihood
 from vaelab.rng import stream
-from vaelab.trace import effective_sample_size, log_mean_exp
+from vaelab.trace import log_mean_exp
 
 
 @pytest.fixture
@@ -106,10 +106,3 @@ def test_quadrature_follows_codes_far_outside_the_prior():
 def test_quadrature_does_not_need_a_good_encoder(oracle, images):
     found = log_likelihood(oracle.vae(widen=0.01, shift=300.0), images)
     assert abs(found.log_px - oracle.log_px(images).numpy()).max() < 2e-4
-
-
-def test_effective_sample_size_of_equal_and_of_one_weight():
-    assert effective_sample_size(torch.zeros(8, 1)).item() == pytest.approx(8)
-    one = torch.full((8, 1), -1e3)
-    one[2] = 0
-    assert effective_sample_size(one).item() == pytest.approx(1)

@@ -23,10 +23,11 @@ def report(
     from vaelab.cli.common import data_of, open_run
     from vaelab.data.protocol import protocol
     from vaelab.evaluation import evaluate
+    from vaelab.evaluation.compare import save
     from vaelab.legibility import classifier_for
     from vaelab.report import build
     from vaelab.report.page import text_table
-    from vaelab.run import claim_folder, write_json
+    from vaelab.run import claim_folder
 
     opened = open_run(run, output)
     folder = out or run / "report"
@@ -39,10 +40,10 @@ def report(
     with stages(f"evaluate {run}") as update:
         recipe = opened.recipe()
         evaluation = evaluate(
-            model, data, protocol(recipe.protocol), classifier=classifier,
+            model, data, protocol(recipe.protocol), classifier=classifier, k=1000, is_images=200, gap_images=50,
             on_progress=lambda label, done: update(done, label),
         )  # fmt: skip
-    write_json(opened.path / "evaluation.json", evaluation.to_dict())
+    save(opened, evaluation)
     with stages("figures and report"):
         arm = build.Arm("run", recipe.name, f"{recipe.data}, {recipe.protocol}")
         cells = [build.Cell(arm, opened, model, evaluation)]

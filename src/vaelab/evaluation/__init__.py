@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vaelab.data.datasets import Dataset
 from vaelab.data.protocol import TEST_DRAW_SEED, Protocol
-from vaelab.distributions import DiagGaussian
+from vaelab.distributions import DiagGaussian, Laplace
 from vaelab.errors import NoDensity, UsageError, unknown_name
 from vaelab.evaluation import codes as codes_
 from vaelab.evaluation import disentanglement, latent
@@ -177,7 +177,7 @@ class _Measuring:
             )
             q = trace.levels[0].q
             codes.append(to_numpy(q.mean))
-            if isinstance(q, DiagGaussian):
+            if isinstance(q, DiagGaussian | Laplace):
                 sigmas.append(to_numpy(q.std))
             distortions.append(to_numpy(trace.distortion))
             try:
