@@ -69,8 +69,10 @@ def _component(node: ast.AST, family: str, text: str) -> Spec:
         for keyword in call.keywords:
             if keyword.arg is None:
                 raise _unreadable(text, family)
+            if keyword.arg in arguments:
+                raise UsageError(f"'{text}' gives {keyword.arg} twice")
             arguments[keyword.arg] = _value(keyword.value, text, family)
-    return spec(f"{family}.{own}", **arguments)
+    return {"class": f"{family}.{own}", **arguments}
 
 
 def _value(node: ast.AST, text: str, family: str) -> Any:
@@ -186,7 +188,10 @@ def outputs(likelihood: Spec) -> int:
     if name in ("Gaussian", "Laplace"):
         return 2 if likelihood.get("scale") == "per-pixel" else 1
     if name == "DiscretisedLogisticMixture":
-        return 3 * int(likelihood.get("components", 5))
+        components = likelihood.get("components", 5)
+        if not isinstance(components, int) or components < 1:
+            raise UsageError(f"components is {components!r}: expected an integer of 1 or more")
+        return 3 * components
     return {"DiscretisedLogistic": 2, "Categorical": 256}.get(name, 1)
 
 

@@ -83,6 +83,10 @@ class Distribution(ABC):
         parts = {name: t for name, t in self._tensors().items() if t.dim() > self._event_dim()}
         return replace(self, **{name: t[..., index, *[slice(None)] * self._event_dim()] for name, t in parts.items()})
 
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that it is made of."""
+        return tuple(self._tensors().values())
+
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}

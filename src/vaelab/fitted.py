@@ -99,10 +99,17 @@ def fit_prior(
     )  # fmt: skip
 
 
-def aggregate_codes(model: VAE, images: Images, protocol: Protocol, seed: int = 0) -> Tensor:
-    """One sample of q(z|x) for each image, (N, D) float32 on the CPU; of a Dirac posterior its code."""
+def aggregate_codes(model: VAE, images: Images, protocol: Protocol, seed: int = 0, test: bool = False) -> Tensor:
+    """One sample of q(z|x) for each image, (N, D) float32 on the CPU; of a Dirac posterior its code.
+
+    `test` images are those that the protocol has drawn once and for all.
+    """
     c = labels_for(model, images, model.device)
-    x = protocol.training_batch(torch.from_numpy(images.pixels), stream(seed, "fit-images"))
+    x = (
+        protocol.test_set(images.pixels)
+        if test
+        else protocol.training_batch(torch.from_numpy(images.pixels), stream(seed, "fit-images"))
+    )
     with evaluating(model):
         q = model.posterior(features_of(model, x.to(model.device), c))
         return q.draw(1, stream(seed, "fit-codes", device=model.device))[0][0].float().cpu()
@@ -163,7 +170,7 @@ def gain(model: VAE, prior: Prior, data: Dataset, protocol: Protocol, seed: int 
     Raises:
         NoDensity: one of the two has none.
     """
-    z = aggregate_codes(model, data.test, protocol, seed).to(model.device)
+    z = aggregate_codes(model, data.test, protocol, seed, test=True).to(model.device)
     fitted = with_prior(model, prior)
     with torch.no_grad():
         new, old = (

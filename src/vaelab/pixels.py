@@ -98,6 +98,7 @@ class Bernoulli(Distribution):
         return torch.sigmoid(wide(self.logits))
 
     def log_prob(self, value: Tensor) -> Tensor:
+        _check_event(value, self.logits, self.event_dim)
         logits, x = self.logits.flatten(-self.event_dim), value.flatten(-self.event_dim)
         return _NaturalLogProb.apply(logits, x, _softplus, torch.sigmoid)  # type: ignore[no-any-return]
 
@@ -160,6 +161,7 @@ class ContinuousBernoulli(Distribution):
         return continuous_bernoulli_mean(self.logits)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        _check_event(value, self.logits, self.event_dim)
         logits, x = self.logits.flatten(-self.event_dim), value.flatten(-self.event_dim)
         functions = continuous_bernoulli_normaliser, continuous_bernoulli_mean
         return _NaturalLogProb.apply(logits, x, *functions)  # type: ignore[no-any-return]

@@ -89,10 +89,19 @@ def build(value: Any) -> Any:
             inspect.signature(cls).bind(**arguments)
             return cls(**arguments)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise RunError(f"'{value['class']}' cannot be built from this configuration: {error}") from None
+            raise RunError(f"'{value['class']}' cannot be built: {error}; {_takes(cls)}") from None
     if isinstance(value, list | tuple):
         return tuple(build(item) for item in value)
     return value
+
+
+def _takes(cls: type) -> str:
+    """A class's constructor arguments, for a message."""
+    shown = [
+        name if parameter.default is parameter.empty else f"{name}={parameter.default!r}"
+        for name, parameter in inspect.signature(cls).parameters.items()
+    ]
+    return f"it takes {', '.join(shown)}" if shown else "it takes no arguments"
 
 
 def to_spec(value: Any) -> Any:

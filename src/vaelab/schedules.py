@@ -12,6 +12,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vaelab.errors import UsageError
+
+
+def _check(start: float, end: float, name: str, steps: int) -> None:
+    for value in (start, end):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UsageError(f"a schedule runs from {start!r} to {end!r}: expected two finite numbers")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"{name} is {steps!r}: expected an integer of 1 or more")
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -20,6 +30,9 @@ class Linear:
     start: float
     end: float
     steps: int
+
+    def __post_init__(self) -> None:
+        _check(self.start, self.end, "steps", self.steps)
 
     def __call__(self, step: int) -> float:
         done = min(step / self.steps, 1.0) if self.steps > 0 else 1.0
@@ -34,6 +47,9 @@ class Cosine:
     end: float
     steps: int
 
+    def __post_init__(self) -> None:
+        _check(self.start, self.end, "steps", self.steps)
+
     def __call__(self, step: int) -> float:
         done = min(step / self.steps, 1.0) if self.steps > 0 else 1.0
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
@@ -47,6 +63,11 @@ class Cyclic:
     end: float
     period: int
     rise: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(self.start, self.end, "period", self.period)
+        if not (isinstance(self.rise, int | float) and 0 < self.rise <= 1):
+            raise UsageError(f"rise is {self.rise!r}: the share of a period that rises lies in (0, 1]")
 
     def __call__(self, step: int) -> float:
         done = min((step % self.period) / (self.period * self.rise), 1.0)

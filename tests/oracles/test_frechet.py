@@ -140,30 +140,30 @@ def test_images_of_one_kind_are_compared(monkeypatch, few, classifier):
     found, seen = shown(monkeypatch, model(), few, protocol("dynamic"), classifier, samples=100)
     assert set(found) == set(NAMES)
     grey, means, grey_again, held, bits, drawn, bits_again, held_bits = seen
-    assert torch.equal(grey, torch.from_numpy(few.test.pixels).float() / 255) and grey is grey_again
-    assert torch.equal(bits, protocol("dynamic").test_set(few.test.pixels)) and bits is bits_again
-    assert len(means) == len(held) == len(drawn) == len(held_bits) == 100
+    assert torch.equal(grey, grey_again) and torch.equal(bits, bits_again)
+    halves = len(few.test) // 2
+    assert len(grey) == len(bits) == len(means) == len(held) == len(drawn) == len(held_bits) == halves
+    together = torch.cat([grey, held]).flatten(1).tolist()
+    assert sorted(together) == sorted((torch.from_numpy(few.test.pixels).float() / 255).flatten(1).tolist())
+    drawn_once = torch.cat([bits, held_bits]).flatten(1).tolist()
+    assert sorted(drawn_once) == sorted(protocol("dynamic").test_set(few.test.pixels).flatten(1).tolist())
     for images, binary in ((means, False), (held, False), (drawn, True), (held_bits, True)):
         assert bool(((images == 0) | (images == 1)).all()) is binary
-    train = torch.from_numpy(few.train.pixels).float() / 255
-    assert all((image == train).flatten(1).all(1).any() for image in held)
-    assert len(torch.unique(held.flatten(1), dim=0)) == 100  # without replacement
     assert (held_bits <= (held > 0)).all()  # the same images, as bits
-    assert all(found[name].n == 100 for name in NAMES if "frechet" in name)
+    assert all(found[name].n == halves for name in NAMES if "frechet" in name)
 
 
 def test_a_threshold_is_compared_with_thresholded_images(monkeypatch, few, classifier):
     _, (expected, *_) = shown(monkeypatch, model(), few, protocol("threshold"), classifier, samples=10)
-    assert torch.equal(expected, protocol("threshold").test_set(few.test.pixels))
+    whole = protocol("threshold").test_set(few.test.pixels).flatten(1).tolist()
+    assert all(image in whole for image in expected.flatten(1).tolist())
 
 
 def test_a_perfect_model_is_no_further_than_held_out_images(monkeypatch, few, classifier):
     """Prior samples that are the held-out images themselves get exactly the held-out distance."""
-    held = []
-    take = samples._expected
-    monkeypatch.setattr(samples, "_expected", lambda *a: held.append(take(*a)) or held[-1])
-    measure(model(), few, protocol("threshold"), classifier, samples=60)
-    monkeypatch.setattr(samples, "decoded", lambda *a, **k: held[1])
+    _, (_, _, _, held, *_) = shown(monkeypatch, model(), few, protocol("threshold"), classifier, samples=60)
+    monkeypatch.undo()
+    monkeypatch.setattr(samples, "decoded", lambda *a, **k: held)
     found = measure(model(), few, protocol("threshold"), classifier, samples=60)
     assert found["frechet"].mean == found["frechet_heldout"].mean > 0
     assert found["frechet_drawn"].mean == found["frechet_drawn_heldout"].mean

@@ -315,3 +315,14 @@ def test_a_conditional_model_is_asked_about_its_labels(proposal):
     assert abs(many.log_px - exact).mean() < 0.1
     with pytest.raises(UsageError, match="conditional"):
         importance_sampled(model, x, 5)
+
+
+@pytest.mark.parametrize("k", [1, 3, 1003])
+def test_a_block_without_a_prior_sample_is_no_error(k):
+    """Priors that are mixtures or flows cannot draw no samples."""
+    parts = posteriors.Gaussian(4, 2), priors.MixtureOfGaussians(2, 3)
+    model = VAE(nn.Linear(4, 4), *parts, likelihoods.Bernoulli(nn.Linear(2, 4)))
+    x = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
+    for seed in range(3):
+        found = importance_sampled(model, x, k, seed=seed, proposal="defensive")
+        assert math.isfinite(found.log_px[0])

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+from vaelab import priors
+from vaelab.errors import UsageError
 from vaelab.evaluation import importance_sampled
+from vaelab.models.vae import VAE
 from vaelab.objectives import ELBO
 from vaelab.oracles import LinearGaussian
 from vaelab.quadrature import log_likelihood
@@ -106,3 +109,28 @@ def test_quadrature_follows_codes_far_outside_the_prior():
 def test_quadrature_does_not_need_a_good_encoder(oracle, images):
     found = log_likelihood(oracle.vae(widen=0.01, shift=300.0), images)
     assert abs(found.log_px - oracle.log_px(images).numpy()).max() < 2e-4
+
+
+@pytest.mark.parametrize(("std", "resolved"), [(0.3, True), (0.03, True), (0.004, False)])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_prior_too_sharp_for_the_tiles_is_refused(dim, std, resolved):
+    """A mixture's narrow components fell between the nodes, and a nat was lost without an error being told."""
+    oracle = LinearGaussian.random(9, dim, 1.0, stream(1, "oracle"))
+    vae = oracle.vae()
+    prior = priors.MixtureOfGaussians(dim, 3).double()
+    centres = torch.tensor([0.408, 0.83, -0.3], dtype=torch.float64)
+    shares = torch.full((3,), 1 / 3, dtype=torch.float64)
+    prior.fill(shares, centres[:, None].expand(3, dim), torch.full((3, dim), std**2, dtype=torch.float64))
+    model = VAE(vae.encoder, vae.posterior, prior, vae.likelihood)
+    images = oracle.sample(5, stream(2, "images"))
+    if not resolved:
+        with pytest.raises(UsageError, match="too sharply peaked"):
+            log_likelihood(model, images)
+        return
+    exact = []
+    for m in centres:  # each component gives a Gaussian image density, in closed form
+        mean = (m.expand(dim) @ oracle.weight.T) + oracle.bias
+        covariance = std**2 * oracle.weight @ oracle.weight.T + oracle.std**2 * torch.eye(9, dtype=torch.float64)
+        exact.append(torch.distributions.MultivariateNormal(mean, covariance).log_prob(images))
+    found = log_likelihood(model, images)
+    assert abs(found.log_px - (torch.stack(exact).logsumexp(0) - math.log(3)).numpy()).max() < 1e-3

@@ -199,3 +199,19 @@ def test_another_number_of_labels_is_refused(shape):
             network(normal(*shape), c)
     with pytest.raises(UsageError, match="for 2 inputs"):
         WithLabel(ConvEncoder((1 + CLASSES, 5, 6)), CLASSES)(normal(2, *X_SHAPE), torch.tensor([0, 1, 2]))
+
+
+def test_an_image_that_has_shrunk_to_one_pixel_keeps_its_gradients_in_bfloat16():
+    """Stride 2 on a side of 1 left the bfloat16 weight gradient of torch's CPU kernel unwritten."""
+    torch.manual_seed(0)
+    network = ConvEncoder((1, 8, 8), (8, 16, 32, 64, 64), 16)
+    x = torch.rand(32, 1, 8, 8)
+    found = []
+    for reduced in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            network(x).float().square().sum().backward()
+        found.append([p.grad.clone() for p in network.parameters()])
+    for exact, rounded in zip(*found, strict=True):
+        assert torch.isfinite(rounded).all()
+        assert (exact - rounded).norm() <= 0.1 * exact.norm() + 1e-6

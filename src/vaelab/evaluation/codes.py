@@ -121,6 +121,9 @@ def _probes(model: VAE, data: Dataset, protocol: Protocol, codes: np.ndarray) ->
 
     pixels, labels = torch.from_numpy(data.train.pixels), data.train.labels
     train = codes_of(model, protocol.training_batch(pixels, stream(TEST_DRAW_SEED, "codes")))
+    if not np.isfinite(train).all():
+        reason = f"{int((~np.isfinite(train)).any(1).sum()):,} training images have codes that are not finite"
+        return dict.fromkeys(names, Quantity.missing(reason))
     neighbours = KNeighborsClassifier(min(NEIGHBOURS, len(train))).fit(train, labels)
     right = neighbours.predict(codes) == data.test.labels
     found = {"knn_accuracy": Quantity.over_images(right.astype(float))}

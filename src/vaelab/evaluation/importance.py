@@ -136,8 +136,9 @@ class ImportanceSampled:
             return ""
         others = " or ".join(f"'{name}'" for name in PROPOSALS[1:] if name != self.proposal)
         return (
-            f"the importance-sampled log p(x) is too low: {', and '.join(reasons)} (median effective sample size "
-            f"{self.median_ess:.1f}, worst {self.worst_ess:.1f}); take more samples, or try the proposal {others}"
+            f"the importance-sampled log p(x) {'is' if self.drift > DRIFT else 'may be'} too low: "
+            f"{', and '.join(reasons)} (median effective sample size {self.median_ess:.1f}, "
+            f"worst {self.worst_ess:.1f}); take more samples, or try the proposal {others}"
         )
 
 
@@ -248,8 +249,9 @@ def _log_weights(
 
 def _defensive(q: Distribution, p: Distribution, of_prior: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Samples z (K, 1, *D) of the mixture, and its log density (K, 1); `of_prior` (K,) says who draws which."""
-    own, _ = q.draw(int((~of_prior).sum()), noise)
-    others = p.rsample(int(of_prior.sum()), noise)
+    theirs = int(of_prior.sum())  # a short block may hold none, and nobody draws no samples
+    own = q.draw(max(1, len(of_prior) - theirs), noise)[0][: len(of_prior) - theirs]
+    others = p.rsample(max(1, theirs), noise)[:theirs]
     z = own.new_empty(len(of_prior), *own.shape[1:])
     z[~of_prior.to(z.device)] = own
     z[of_prior.to(z.device)] = others.reshape(-1, *own.shape[1:]).to(z)

@@ -40,7 +40,7 @@ from vaelab import fitted
 from vaelab.distributions import DiagGaussian, Distribution, FullGaussian, Transformed, closed_form_kl
 from vaelab.errors import NoDensity, UsageError
 from vaelab.evaluation.codes import features_of, outside_prior
-from vaelab.evaluation.quantity import Quantity, to_numpy
+from vaelab.evaluation.quantity import Quantity, evenly, to_numpy
 from vaelab.models.vae import VAE
 from vaelab.rng import stream
 from vaelab.training import evaluating
@@ -103,7 +103,7 @@ def measure(
         x: the test images, as the protocol gives them.
         c: labels (N,) of a conditional model.
         seed: of the posterior samples.
-        images: at most so many of the first images are used.
+        images: at most so many of the images, evenly spaced, make the aggregate posterior.
         on_progress: called with the fraction done.
 
     Returns:
@@ -111,7 +111,7 @@ def measure(
         `aggregate_kl` and its lower bound, `total_correlation` (nats; s.e. over the samples z), each n/a with the reason
         where it does not exist; and the alarms, one sentence each.
     """
-    x, c = x[:images].to(model.device), None if c is None else c[:images].to(model.device)
+    x, c = x.to(model.device), None if c is None else c.to(model.device)
     with evaluating(model):
         features = features_of(model, x, c)
         means = to_numpy(model.posterior(features).mean)
@@ -124,7 +124,8 @@ def measure(
         found |= _rate_of_each(model, features, c, dims)
         parts, reason = [], ""
         try:
-            parts = aggregates(model, features, groups, seed, on_progress)
+            some = evenly(images, len(x))
+            parts = aggregates(model, features[some], groups[some], seed, on_progress)
         except (NoDensity, UsageError) as error:
             reason = str(error)
         found |= _surgery(parts, seed) if parts else dict.fromkeys(NAMES, Quantity.missing(reason))
@@ -189,8 +190,8 @@ def aggregates(
     """
     factorised = _factorises(model, features)
     if not factorised:
-        most = math.isqrt(WORK_JOINT)
-        features, groups = features[:most], groups[:most]
+        some = evenly(math.isqrt(WORK_JOINT), len(features))
+        features, groups = features[some], groups[some]
     labels, sizes = np.unique(groups, return_counts=True)
     labels, sizes = labels[sizes > 1], sizes[sizes > 1]
     if not len(labels):

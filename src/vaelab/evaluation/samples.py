@@ -14,8 +14,8 @@ Two sets must be images of one kind, or the distance is that between kinds:
     frechet          decoder means against the test images' expected pixels (grey levels, where the protocol draws bits)
     frechet_drawn    pixels drawn from p(x|z) against the protocol's own test images
 A model may be good at the second and bad at the first (means of a model with sharp, wrong pixels), so both are given.
-The distance is biased upwards for few images: `_heldout` has as many training images in place of the samples, with the
-same bias, and is what a perfect model gets.
+Both are against one random half of the test images. The distance is biased upwards for few images: `_heldout` has as many
+images of the other half in place of the samples, with the same bias, and is what a perfect model gets.
 
 A conditional model is asked for labels drawn from those of the test images.
 """
@@ -61,7 +61,7 @@ def measure(
         data: with labels, else all is n/a.
         protocol: how its images are read.
         classifier: trained on `data`; None where there are no labels.
-        samples: drawn from the prior; the Fréchet distances take as many as there are training images, if fewer.
+        samples: drawn from the prior; the Fréchet distances take as many as half the test images, if fewer.
         seed: of the samples.
     """
     if classifier is None or data.test.labels is None or data.train.labels is None:
@@ -82,20 +82,19 @@ def measure(
     expected = _expected(data.test.pixels, test, protocol)
     found |= _read(classifier, expected, "_test")
 
-    count = min(samples, len(data.train))
-    order = torch.randperm(len(data.train), generator=stream(seed, "heldout"))[:count].numpy()
-    pixels = data.train.pixels[order]
-    held = protocol.training_batch(torch.from_numpy(pixels), stream(TEST_DRAW_SEED, "heldout"))
-    found["frechet"] = _frechet(classifier, expected, means[:count])
-    found["frechet_heldout"] = _frechet(classifier, expected, _expected(pixels, held, protocol))
+    order = torch.randperm(len(test), generator=stream(TEST_DRAW_SEED, "halves"))
+    half, other = order[: len(test) // 2], order[len(test) // 2 :]
+    count = min(samples, len(other))
+    found["frechet"] = _frechet(classifier, expected[half], means[:count])
+    found["frechet_heldout"] = _frechet(classifier, expected[half], expected[other[:count]])
     if not model.likelihood.normalised:
         reason = "a cross-entropy on grey levels is no distribution of pixels: there are none to draw"
         return found | dict.fromkeys(("frechet_drawn", "frechet_drawn_heldout"), Quantity.missing(reason))
     drawn = decoded(
         model, prior[:count], c=None if c is None else c[:count], noise=stream(seed, "pixels", device=model.device)
     )
-    found["frechet_drawn"] = _frechet(classifier, test, drawn)
-    found["frechet_drawn_heldout"] = _frechet(classifier, test, held)
+    found["frechet_drawn"] = _frechet(classifier, test[half], drawn)
+    found["frechet_drawn_heldout"] = _frechet(classifier, test[half], test[other[:count]])
     return found
 
 
@@ -105,6 +104,12 @@ def _expected(pixels: np.ndarray, read: Tensor, protocol: Protocol) -> Tensor:
 
 
 def _read(classifier: Classifier, images: Tensor, suffix: str = "") -> dict[str, Quantity]:
+    bad = ~torch.isfinite(images.flatten(1)).all(1)
+    if bad.any():
+        reason = f"{int(bad.sum()):,} of {len(images):,} images have pixels that are not finite"
+        return {
+            f"{name}{suffix}": Quantity(None, reason=reason, n=len(images)) for name in ("legible", "class_entropy")
+        }
     read = legibility(classifier, images)
     se = math.sqrt(read.share * (1 - read.share) / read.n) if read.n > 1 else None
     return {
@@ -174,6 +179,17 @@ def fitted_codes(model: VAE, images: Tensor, n: int, seed: int, c: Tensor | None
     return torch.from_numpy(codes.mean(0) + eps @ root.T).to(next(model.parameters()))
 
 
+def fitting(model: VAE, batch_size: int) -> int:
+    """`batch_size`, or as many codes as have 2^26 numbers of decoder output (256 MB): a categorical pixel has 256."""
+    with evaluating(model):
+        one = model.decode(
+            torch.zeros(1, 1, model.latent_dim).to(next(model.parameters())),
+            None if model.classes is None else torch.zeros(1, dtype=torch.long, device=model.device),
+        )
+    numbers = max((tensor.numel() for tensor in one.parameters()), default=1)
+    return max(1, min(batch_size, 2**26 // numbers))
+
+
 def decoded(
     model: VAE, z: Tensor, batch_size: int = 5000, *, c: Tensor | None = None, noise: torch.Generator | None = None
 ) -> Tensor:
@@ -188,7 +204,7 @@ def decoded(
     """
     images = []
     with evaluating(model):
-        for index in torch.arange(len(z)).split(batch_size):
+        for index in torch.arange(len(z)).split(fitting(model, batch_size)):
             labels = None if c is None else c[index].to(model.device)
             px = model.decode(z[index].to(model.device).unsqueeze(0), labels)
             images.append((px.mean if noise is None else px.rsample(1, noise)[0])[0].cpu())

@@ -80,7 +80,10 @@ class ConvEncoder(nn.Module):
         n_in, rows, columns = self.in_shape
         layers: list[nn.Module] = []
         for width in self.channels:
-            layers.append(nn.Conv2d(n_in, width, 3, stride=2, padding=1))
+            # a side of 1 stays 1 with either stride; with stride 2 the bfloat16 weight gradient of torch 2.13's CPU kernel
+            # is memory that nobody wrote to
+            stride = (1 if rows == 1 else 2, 1 if columns == 1 else 2)
+            layers.append(nn.Conv2d(n_in, width, 3, stride=stride, padding=1))
             layers.extend([_Residual(width, activation)] if residual else [])
             layers.append(act())
             n_in, rows, columns = width, math.ceil(rows / 2), math.ceil(columns / 2)

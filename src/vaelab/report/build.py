@@ -134,7 +134,7 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -
         quantiles = np.linspace(0.02, 0.98, 17)
         add(
             figures.manifold({cell.arm.label: _manifold(cell.model, cell.evaluation.codes, quantiles) for cell in shown},
-                             quantiles),
+                             quantiles, axis_labels=planes[0][1]),
             "manifold", "The decoder over the prior",
             f"Decoder means over a grid of quantiles of the prior{planes[0][2]}.",
         )  # fmt: skip
