@@ -9,7 +9,8 @@ Each is normalised over its measure (`vaelab.likelihoods`), and tested by summin
     Categorical          x in {0, 1/255, …, 1} log p = l_x - log sum_k e^l_k
 
 All compute in float32 (in float64 where the parameters are), also where a network that ran in bfloat16 gives the
-parameters: a sum over 784 pixels in bfloat16 would be off by nats. Values are images x (..., B, *X) that broadcast to
+parameters: a sum over 784 pixels in bfloat16 would be off by nats. (The gradient of bfloat16 logits is itself rounded: a
+pixel that is right with a logit of 8 gives none.) Values are images x (..., B, *X) that broadcast to
 (K, B, *X); pixels are independent given the parameters, so also the channels of one pixel.
 """
 

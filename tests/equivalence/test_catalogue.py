@@ -147,3 +147,26 @@ def test_a_conditional_model_end_to_end(network, digits, tmp_path):
     a, b = (model.sample(10, c.roll(i), generator=stream(0, "sample")).mean for i in (0, 1))
     assert a.shape == (1, 10, *digits.shape)
     assert not torch.allclose(a, b)
+
+
+def test_a_decoder_gives_logits_and_the_likelihood_applies_the_only_sigmoid(digits):
+    """Others end the decoder in a sigmoid and apply another: all-zero weights would then decode to 0.62, not to 1/2."""
+    model = build(recipe("vae", digits.shape, **SMALL).model)
+    with torch.no_grad():
+        for parameter in model.likelihood.parameters():
+            parameter.zero_()
+        assert torch.equal(model.decode(torch.ones(1, 2, 4)).mean, torch.full((1, 2, *digits.shape), 0.5))
+        last = list(model.likelihood.parameters())[-1]
+        last.fill_(3.0)
+        torch.testing.assert_close(model.decode(torch.ones(1, 2, 4)).mean.mean(), torch.sigmoid(torch.tensor(3.0)))
+
+
+def test_training_sees_no_test_image(digits, tmp_path):
+    """Other test images give the same weights, bit for bit."""
+    wanted = recipe("vae", digits.shape, **SMALL)
+    turned = Dataset(
+        digits.name, digits.train, Images(255 - digits.test.pixels, digits.test.labels), digits.classes, digits.source
+    )
+    one, other = (train(wanted, data, tmp_path / str(i)).model() for i, data in enumerate((digits, turned)))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -40,6 +40,13 @@ def compare(
     if len(runs) < 2:
         raise UsageError(f"{len(runs) or 'no'} run was given: expected two or more, vaelab compare RUN RUN")
     opened = [open_run(path, output) for path in runs]
+    asked = [(run.recipe().data, run.recipe().protocol) for run in opened]
+    for path, other in zip(runs, asked, strict=True):  # before anything is evaluated
+        if other != asked[0]:
+            raise UsageError(
+                f"'{path}' is of {' and '.join(other)}, '{runs[0]}' of {' and '.join(asked[0])}: images are paired on one "
+                "data set and one protocol"
+            )
 
     from vaelab.evaluation.compare import compare as pair
 

@@ -34,6 +34,7 @@ def fit_prior(
     from vaelab.cli.common import data_of, open_run
     from vaelab.data.protocol import protocol
     from vaelab.errors import NoDensity, unknown_name
+    from vaelab.posteriors import Delta
     from vaelab.run import claim_folder
 
     if kind not in fitted.KINDS:
@@ -66,7 +67,8 @@ def fit_prior(
             console.text(f"bound: n/a, {gain.reason}")
         else:
             se = "" if gain.se is None else f" ± {gain.se:.2f}"
-            console.text(f"the bound gains {gain.mean:.2f}{se} nats per test image (n = {gain.n:,}; ± is one s.e.)")
+            what = "the log density of the codes" if isinstance(model.posterior, Delta) else "the bound"
+            console.text(f"{what} gains {gain.mean:.2f}{se} nats per test image (n = {gain.n:,}; ± is one s.e.)")
         console.text(f"run: {written.path}   next: vaelab sample {written.path}")
 
     document = {"run": str(written.path), "kind": kind, "gain": gain.mean, "gain_se": gain.se, "reason": gain.reason}

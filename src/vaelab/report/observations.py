@@ -181,8 +181,8 @@ def _importance(v: _Numbers, k: int, is_images: int) -> str | None:
         return None
     excess = v.mean("nll_is_excess", "kl")
     lesson = (
-        " Samples of a posterior that is narrower than the true one miss part of the integral, and nothing in the estimate "
-        "itself shows it."
+        " Samples of a posterior that is narrower than the true one miss part of the integral, and the standard error "
+        "does not show it."
         if max(excess, v.mean("nll_is_excess", "no_kl")) > 0.1  # type: ignore[type-var]
         else ""
     )
