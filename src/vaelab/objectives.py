@@ -18,10 +18,10 @@ Every known objective is a reading of the same trace. With R the distortion, KL 
     WAE        R + scale MMD
     RAE        R + l2 |z|^2 / 2 + gradient_penalty |d mean(x|z) / dz|^2
 
-The estimate's `bound` is always a true lower bound on log p(x) of the trace's own likelihood (which must be one: grey levels
-have a cross-entropy only, and a scale made of the batch is a training loss), whatever the loss: the ELBO, or the
-importance-weighted bound that the objective is about. It is never what happens to have the right gradient: -sum w~_k log w_k, which does for
-IWAE, is too optimistic by up to log K.
+The estimate's `bound` is always a true lower bound on log p(x) of the trace's own likelihood (which must be one: grey
+levels have a cross-entropy only, and a scale made of the batch is a training loss), whatever the loss: the ELBO, or the
+importance-weighted bound that the objective is about. It is never what happens to have the right gradient: -sum w~_k log
+w_k, which does for IWAE, is too optimistic by up to log K.
 
 Most losses are sums over images: the loss of a batch is the mean of the losses of its halves. `FreeBits` and `Capacity` are
 not (they ask about the mean rate of a batch), nor `BetaTC`, `DIP`, `InfoVAE` and `WAE` (they ask how the codes of a batch
