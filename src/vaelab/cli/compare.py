@@ -44,8 +44,8 @@ def compare(
     for path, other in zip(runs, asked, strict=True):  # before anything is evaluated
         if other != asked[0]:
             raise UsageError(
-                f"'{path}' is of {' and '.join(other)}, '{runs[0]}' of {' and '.join(asked[0])}: images are paired on one "
-                "data set and one protocol"
+                f"'{path}' is of {' and '.join(other)}, '{runs[0]}' of {' and '.join(asked[0])}, and cannot be paired: "
+                "compare runs of one data set and one protocol"
             )
 
     from vaelab.evaluation.compare import compare as pair
