@@ -18,14 +18,6 @@ from vaelab.trace import log_mean_exp
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def oracle():
     return LinearGaussian.random(pixels=5, dim=2, std=0.4, generator=stream(1, "oracle"))

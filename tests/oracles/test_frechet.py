@@ -93,14 +93,6 @@ def test_bad_features_are_refused():
 # --- what is compared ---
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def classifier():
     """One that was never trained: the tests are of what it is shown."""

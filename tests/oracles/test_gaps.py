@@ -16,14 +16,6 @@ from vaelab.oracles import LinearGaussian
 from vaelab.rng import stream
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def oracle():
     """Orthogonal columns: the true posterior is a diagonal Gaussian."""

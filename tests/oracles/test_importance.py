@@ -21,14 +21,6 @@ from vaelab.rng import stream
 DIM = 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def oracle():
     return LinearGaussian.random(pixels=9, dim=DIM, std=0.4, generator=stream(1, "oracle"))

@@ -22,14 +22,6 @@ N = 3000
 KEYS = ("mutual_information", "mutual_information_upper", "aggregate_kl", "aggregate_kl_lower", "total_correlation")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def oracle():
     return LinearGaussian.random(pixels=9, dim=2, std=0.4, generator=stream(1, "oracle"))

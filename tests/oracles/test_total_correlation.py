@@ -19,14 +19,6 @@ from vaelab.trace import Level, Trace
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=stream(seed, "test"), dtype=F64)
 
