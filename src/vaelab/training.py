@@ -118,7 +118,7 @@ def fit(
             order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
             for batch in order.split(training.batch_size):
                 noise = stream(seed, "noise", step, device=device)
-                x = protocol.training_batch(pixels[batch], noise)
+                x = protocol.training_batch(pixels.index_select(0, batch), noise)
                 c = None if labels is None else labels[batch]
                 with precision.autocast(device):
                     trace = model.trace(x, c, k=training.k, generator=noise)

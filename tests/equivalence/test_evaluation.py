@@ -12,6 +12,7 @@ from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import protocol
 from vaelab.errors import NonFiniteError, UsageError
 from vaelab.evaluation import Quantity, codes_of, decoded, evaluate, evenly, fingerprint
+from vaelab.precision import of_decoding
 from vaelab.rng import stream
 
 QUICK = {"k": 20, "is_images": 30, "samples": 100, "gap_images": 0}
@@ -127,6 +128,7 @@ def test_what_was_measured_is_written_as_strict_json(vae, few):
         "data": "digits", "test_images": 60, "protocol": "dynamic", "test_draw_seed": 13126114,
         "test_fingerprint": fingerprint(protocol("dynamic").test_set(few.test.pixels)), "density": "log p(x)",
         "distortion_samples": 4, "importance_samples": 20, "importance_sampled_images": 30, "proposal": "posterior",
+        "importance_precision": of_decoding("auto", True, torch.device("cpu")).name,
         "gap_images": 0, "latent_images": 60, "prior_samples": 100, "seed": 0,
     }  # fmt: skip
 

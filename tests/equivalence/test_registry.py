@@ -168,11 +168,13 @@ def test_the_nearest_component_is_offered():
         ("json:dumps", "'json:dumps' is not a class"),
         (3, "names the class 3"),
         (None, "names the class None"),
-        (":Net", "cannot import ':Net'"),
-        (".relative:Net", "cannot import '.relative:Net'"),
+        (":Net", "unknown component ':Net'"),
+        (".relative:Net", "unknown component '.relative:Net'"),
+        ("numpy:ndarray", "'numpy:ndarray' is not a part of vaelab"),
     ],
 )
-def test_a_spec_that_names_no_class_is_refused(user_module, name, message):
+def test_a_spec_that_names_no_class_is_refused(user_module, monkeypatch, name, message):
+    monkeypatch.setenv("VAELAB_TRUST", "no_such_module,users_own_networks,json")
     with pytest.raises(RunError, match=message):
         build({"class": name})
 
@@ -190,8 +192,8 @@ def test_a_class_that_is_no_component_is_not_built(user_module, tmp_path):
         ("pathlib:Path", {}),
         ("builtins:dict", {"a": 1}),
     ):
-        with pytest.raises(RunError):
-            build({"class": name, **arguments})
+        with pytest.raises(RunError, match="neither a torch module nor a dataclass"):
+            build({"class": name, **arguments}, trust=[user_module, "pathlib", "builtins"])
     assert not (tmp_path / "made").exists()
 
 

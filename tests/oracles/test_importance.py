@@ -318,3 +318,37 @@ def test_a_block_without_a_prior_sample_is_no_error(k):
     for seed in range(3):
         found = importance_sampled(model, x, k, seed=seed, proposal="defensive")
         assert math.isfinite(found.log_px[0])
+
+
+# --- bfloat16 decoding ---
+
+
+def confident(width=64):
+    """A VAE whose logits are as large as those of a trained one: tens of nats a pixel where it is wrong."""
+    model = network()
+    with torch.no_grad():
+        model.likelihood.decoder.layers[-1].weight.mul_(12)
+        model.likelihood.decoder.layers[-1].bias.fill_(-2)
+    return model
+
+
+def test_bfloat16_decoding_moves_an_estimate_by_hundredths_and_their_mean_by_thousandths():
+    model, x = confident(), bits(200)
+    exact = importance_sampled(model, x, 500)
+    coarse = importance_sampled(model, x, 500, precision="bfloat16")
+    assert -exact.log_px.mean() > 30  # nats: the images cost something
+    moved = coarse.log_px - exact.log_px
+    assert 0 < np.abs(moved).max() < 0.1 and np.sqrt((moved**2).mean()) < 0.03
+    assert abs(moved.mean()) < 0.005 < 0.1 * exact.se  # far below what is uncertain anyway
+    for k in exact.curve:
+        assert abs((coarse.curve[k] - exact.curve[k]).mean()) < 3e-4 * abs(exact.curve[k].mean())
+    assert importance_sampled(model, x[:3], 500).log_px.tolist() == exact.log_px[:3].tolist()  # float32 is as it was
+
+
+def test_bfloat16_decoding_is_refused_where_a_scale_would_magnify_it(oracle, images):
+    with pytest.raises(UsageError, match="bfloat16 decoding is for Bernoulli pixels"):
+        importance_sampled(oracle.vae(), images[:2], 10, precision="bfloat16")
+    with pytest.raises(UsageError, match="'half': choose auto, float32 or bfloat16"):
+        importance_sampled(network(), bits(2), 10, precision="half")
+    auto, exact = (importance_sampled(oracle.vae(), images[:2], 10, precision=p) for p in ("auto", "float32"))
+    assert auto.log_px.tolist() == exact.log_px.tolist()

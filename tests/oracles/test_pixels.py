@@ -312,6 +312,26 @@ def test_the_ends_of_the_uniform_give_samples_inside(monkeypatch):
 # --- precision, shapes, pairs ---
 
 
+@pytest.mark.parametrize("pixels_", [1, 3, 5, 49, 784])
+@pytest.mark.parametrize("scale", [0.1, 5.0, 60.0])  # the last: far beyond where sigmoid(-l) is 0 in float32
+def test_float32_bernoulli_sums_are_those_of_float64(pixels_, scale):
+    logits = scale * normal(1, 4, pixels_)
+    x = (uniform(4, pixels_) > 0.5).double()
+    exact = pixels.Bernoulli(logits, 1)
+    narrow_logits = logits.float().requires_grad_()
+    narrow = pixels.Bernoulli(narrow_logits, 1)
+    expected = exact.log_prob(x)
+    found = narrow.log_prob(x.float())
+    bound = 1e-6 * expected.abs().max().clamp(min=1)
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < bound
+    with torch.no_grad():
+        assert (narrow.cross_log_prob(x.float()).diagonal() - expected[0]).abs().max() < bound
+    (gradient,) = torch.autograd.grad(found.sum(), narrow_logits)
+    assert (gradient - (x - torch.sigmoid(logits))).abs().max() < 2e-7
+    broken = pixels.Bernoulli(torch.where(torch.arange(pixels_) == 0, torch.nan, logits.float()), 1)
+    assert broken.log_prob(x.float()).isnan().all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_parameters_are_summed_in_float32(name):
     px, x = members(2, 4)[name]

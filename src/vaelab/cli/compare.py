@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LABELS = {"nll": "exact -log p(x)", "nll_is": "importance-sampled -log p(x)", "elbo": "ELBO"}
 TAKEN = {
     "k": "importance_samples", "is_images": "importance_sampled_images", "proposal": "proposal",
-    "samples": "prior_samples", "seed": "seed",
+    "precision": "importance_precision", "samples": "prior_samples", "seed": "seed",
 }  # fmt: skip
 """Settings that a run without numbers takes over from one that has them: arguments of `evaluate`, entries of its protocol."""
 

@@ -33,6 +33,10 @@ def evaluate(
         Parameter(help="Where importance samples are drawn: the encoder's posterior, that 1.5 times as wide, or that "
                   "mixed with the prior."),
     ] = "posterior",
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Parameter(help="In which importance samples are decoded; bfloat16 is faster, and for Bernoulli pixels only."),
+    ] = "auto",
     gap_images: Annotated[int, Whole, Parameter(help="For how many images the bound's gap is split; 0 for none.")] = 100,
     samples: Annotated[int, Whole, Parameter(help="Prior samples that the classifier reads.")] = 10_000,
     seed: Annotated[int, Whole, Parameter(help="Seed of posterior and prior samples.")] = 0,
@@ -52,7 +56,14 @@ def evaluate(
         if value < LEAST[option]:
             raise UsageError(f"{option} is {value}: expected an integer of {LEAST[option]} or more")
     stages = console.Stages(output)
-    settings = {"k": k, "is_images": images, "proposal": proposal, "gap_images": gap_images, "samples": samples}
+    settings = {
+        "k": k,
+        "is_images": images,
+        "proposal": proposal,
+        "precision": precision,
+        "gap_images": gap_images,
+        "samples": samples,
+    }
     found = {
         str(run.path): measure_and_keep(run, {**settings, "seed": seed}, data_dir, stages)
         for run in [open_run(path, output) for path in runs]

@@ -36,7 +36,9 @@ from vaelab.evaluation.importance import CURVE, DRIFT, PROPOSALS, ImportanceSamp
 from vaelab.evaluation.quantity import Evaluation, Quantity, evenly, to_numpy
 from vaelab.evaluation.samples import decoded, fitted_codes, prior_codes
 from vaelab.legibility import Classifier
+from vaelab.likelihoods import Bernoulli
 from vaelab.models.vae import VAE
+from vaelab.precision import of_decoding
 from vaelab.quadrature import log_likelihood
 from vaelab.rng import stream
 from vaelab.training import evaluating, labels_for
@@ -61,6 +63,7 @@ def evaluate(
     k: int = 5000,
     is_images: int = 1000,
     proposal: str = "posterior",
+    precision: str = "auto",
     gap_images: int = 100,
     latent_images: int = 10_000,
     samples: int = 10_000,
@@ -77,6 +80,7 @@ def evaluate(
         k: importance samples for each image.
         is_images: how many of the test images are importance-sampled, evenly spaced.
         proposal: of importance sampling, see `vaelab.evaluation.importance`.
+        precision: in which importance samples are decoded, see `vaelab.precision`; all else is in float32.
         gap_images: for how many of those the bound's gap is split, evenly spaced; none for 0.
         latent_images: how many of the test images make the aggregate posterior; its cost is their square.
         samples: prior samples that the classifier reads.
@@ -84,18 +88,19 @@ def evaluate(
         on_progress: see `OnProgress`.
 
     Raises:
-        UsageError: k, is_images or samples below one, gap_images below zero, an unknown proposal, or labels that are
-            missing.
+        UsageError: k, is_images or samples below one, gap_images below zero, an unknown proposal, labels that are
+            missing, or bfloat16 for pixels that are not Bernoulli.
     """
     check_arguments(k=k, is_images=is_images, samples=samples, gap_images=gap_images, latent_images=latent_images)
     if proposal not in PROPOSALS:
         raise unknown_name("proposal", proposal, PROPOSALS)
     x = protocol.test_set(data.test.pixels).to(model.device)
     c = labels_for(model, data.test, model.device)
+    precision = of_decoding(precision, isinstance(model.likelihood, Bernoulli), model.device).name
     measuring = _Measuring(model, protocol, x, c, seed, on_progress)
     with evaluating(model):
         codes, sigma = measuring.bound()
-        measuring.likelihood(k, is_images, proposal)
+        measuring.likelihood(k, is_images, proposal, precision)
         if gap_images:
             measuring.gap(gap_images)
         found = measuring.found
@@ -118,6 +123,7 @@ def evaluate(
         "importance_samples": k,
         "importance_sampled_images": min(is_images, len(x)),
         "proposal": proposal,
+        "importance_precision": precision,
         "gap_images": found["gap"].n if gap_images else 0,
         "latent_images": min(latent_images, len(x)),
         "prior_samples": samples,
@@ -191,7 +197,7 @@ class _Measuring:
         self._bits("elbo", self.found["elbo"], sign=-1)
         return np.concatenate(codes), np.concatenate(sigmas) if sigmas else None
 
-    def likelihood(self, k: int, images: int, proposal: str) -> None:
+    def likelihood(self, k: int, images: int, proposal: str, precision: str) -> None:
         """nll by quadrature, nll_is by importance sampling."""
         exact, broken = ("nll", "nll_error"), self.per_image["distortion"]
         sizes = [size for size in CURVE if size < k]
@@ -206,7 +212,7 @@ class _Measuring:
             try:
                 estimate = importance_sampled(
                     self.model, self.x[index], k, c=self.labels(index), seed=self.seed, proposal=proposal,
-                    on_progress=lambda done: self.on_progress("importance sampling", done),
+                    precision=precision, on_progress=lambda done: self.on_progress("importance sampling", done),
                 )  # fmt: skip
             except (NoDensity, UsageError) as error:
                 self.found |= dict.fromkeys(sampled, Quantity.missing(str(error)))

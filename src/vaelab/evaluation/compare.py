@@ -134,8 +134,8 @@ def _sampled(first: PerImage, second: PerImage, seed: int) -> Difference:
     for which, run in (("first", first), ("second", second)):
         if "log_px_is" not in run.arrays:
             return Difference(None, reason=f"the {which} run has no importance-sampled log-likelihood")
-    for key, word in (("importance_samples", "K"), ("proposal", "the proposal")):
-        one, other = first.protocol[key], second.protocol[key]
+    for key, word in (("importance_samples", "K"), ("proposal", "the proposal"), ("importance_precision", "precision")):
+        one, other = (run.protocol.get(key, "float32") for run in (first, second))  # the last key is younger
         if one != other:
             reason = f"{word} is {one} for the first run and {other} for the second, and the bias depends on it"
             return Difference(None, reason=f"{reason}: evaluate both with the same")

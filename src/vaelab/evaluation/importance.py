@@ -42,7 +42,9 @@ from torch import Tensor
 from vaelab.distributions import Delta, DiagGaussian, Distribution, FullGaussian, Laplace
 from vaelab.errors import UsageError, unknown_name
 from vaelab.evaluation.quantity import to_numpy
+from vaelab.likelihoods import Bernoulli
 from vaelab.models.vae import VAE
+from vaelab.precision import Precision, of_decoding
 from vaelab.rng import stream, stream_seed
 from vaelab.training import evaluating
 
@@ -150,6 +152,7 @@ def importance_sampled(
     c: Tensor | None = None,
     seed: int = 0,
     proposal: str = "posterior",
+    precision: str = "float32",
     chunk: int = CHUNK,
     on_progress: Callable[[float], None] = lambda done: None,
 ) -> ImportanceSampled:
@@ -162,18 +165,21 @@ def importance_sampled(
         c: labels (N,) of a conditional model; then it is log p(x|c).
         seed: of the samples.
         proposal: a name of `PROPOSALS`.
+        precision: of decoding: float32, bfloat16 (Bernoulli pixels only; half the time), or auto: see `vaelab.precision`.
         chunk: codes decoded at once: bounds the memory, and changes no result.
         on_progress: called with the fraction done.
 
     Raises:
         NoDensity: a Dirac posterior, or a prior without a density.
-        UsageError: k, chunk or the number of images below one, an unknown proposal, or one this posterior cannot give.
+        UsageError: k, chunk or the number of images below one, an unknown proposal, or one this posterior cannot give;
+            bfloat16 for pixels that are not Bernoulli.
     """
     for name, value in (("k", k), ("chunk", chunk), ("the number of images", len(x))):
         if value < 1:
             raise UsageError(f"{name} is {value}: expected an integer of 1 or more")
     if proposal not in PROPOSALS:
         raise unknown_name("proposal", proposal, PROPOSALS)
+    decoding = of_decoding(precision, isinstance(model.likelihood, Bernoulli), model.device)
     x = x.to(model.device)
     curve = [*(size for size in CURVE if size < k), k]
     sizes = [*curve, max(1, k // 10)]
@@ -186,7 +192,9 @@ def importance_sampled(
 
         def measure(i: int) -> tuple[list[float], list[float]]:
             with torch.no_grad():
-                log_w = _log_weights(model, x[i : i + 1], labels[i], priors[kinds[i]], k, seed, proposal, chunk)
+                log_w = _log_weights(
+                    model, x[i : i + 1], labels[i], priors[kinds[i]], k, seed, proposal, chunk, decoding
+                )
                 return [_bound(log_w, size) for size in sizes], [*_spread(log_w), _pareto_index(to_numpy(log_w))]
 
         results = []
@@ -221,7 +229,15 @@ def _each(measure: Callable[[int], Result], n: int, device: torch.device) -> Ite
 
 
 def _log_weights(
-    model: VAE, image: Tensor, label: Tensor | None, p: Distribution, k: int, seed: int, proposal: str, chunk: int
+    model: VAE,
+    image: Tensor,
+    label: Tensor | None,
+    p: Distribution,
+    k: int,
+    seed: int,
+    proposal: str,
+    chunk: int,
+    precision: Precision,
 ) -> Tensor:
     """log w (k,) of one image (1, *X), float64."""
     pixels = image.float().cpu().numpy().tobytes() + (b"" if label is None else bytes(str(int(label)), "ascii"))
@@ -239,10 +255,13 @@ def _log_weights(
             z, log_r = r.draw(n, noise)
             log_r = r.log_prob(z) if log_r is None else log_r
         # one image: its samples take the place of the batch, where a likelihood may have a shorter way for all of them
-        log_px = [
-            model.decode(part.transpose(0, 1), None if label is None else label.expand(len(part))).cross_log_prob(image)
-            for part in z.split(chunk)
-        ]
+        with precision.autocast(image.device):
+            log_px = [
+                model.decode(part.transpose(0, 1), None if label is None else label.expand(len(part))).cross_log_prob(
+                    image
+                )
+                for part in z.split(chunk)
+            ]
         found.append((p.log_prob(z) - log_r + torch.cat(log_px)).double())
     return torch.cat(found).squeeze(1)
 
