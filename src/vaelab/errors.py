@@ -52,10 +52,16 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> UsageError:
         given: what the user wrote.
         known: the names that exist.
     """
-    names = sorted(known)
+    names, given = sorted(known), given if len(given) <= 80 else f"{given[:80]}..."
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return UsageError(f"unknown {kind} '{given}': {hint}known: {', '.join(names)}")
+
+
+def one_line(error: Exception, most: int = 300) -> str:
+    """What an error says, in one printable line of at most `most` characters: it may quote what a stranger wrote."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(error)[: 4 * most].split()))
+    return (line if len(line) <= most else line[:most] + "...") or type(error).__name__
 
 
 class Interrupted(VaelabError):
@@ -68,4 +74,5 @@ class Interrupted(VaelabError):
 
     def __init__(self, reason: str, where: str) -> None:
         super().__init__(f"interrupted by {reason} {where}")
+        self.reason, self.where = reason, where
         self.exit_code = 143 if reason == "SIGTERM" else 130

@@ -10,12 +10,15 @@ bfloat16 copies, renewed once after each update, instead of being cast by autoca
 """
 
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
+
+from vaelab.errors import RunError
 
 _CASTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
@@ -91,12 +94,24 @@ class Optimiser:
             self.muon = torch.optim.Muon(own, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, step: int) -> float:
-        """One update from the parameters' gradients, which are cleared; returns the gradient's norm before clipping."""
+    def step(self, step: int, skip: bool = False) -> float:
+        """One update from the parameters' gradients, which are cleared; returns the gradient's norm before clipping.
+
+        Nothing is updated where the norm is not finite, or with `skip`.
+        """
         if self.copies:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p, _, _ in self.copies]
             torch._foreach_copy_([g for _, _, g in self.copies], grads)  # type: ignore[attr-defined]
         norm = math.sqrt(float(torch.dot(self.gradient, self.gradient)))
+        if math.isfinite(norm) and not skip:
+            self._update(step, norm)
+        for own in self.accumulated:
+            own.zero_()
+        for p, _, _ in self.copies:
+            p.grad = None
+        return norm
+
+    def _update(self, step: int, norm: float) -> None:
         if 0 < self.clip < norm:
             self.gradient.mul_(self.clip / norm)
         lr = self.lr * self.schedule(step / self.steps)
@@ -104,15 +119,39 @@ class Optimiser:
         if self.muon is not None:
             self.muon.param_groups[0]["lr"] = lr
             self.muon.step()
-        for own in self.accumulated:
-            own.zero_()
         if self.copies:
             torch._foreach_copy_([p for p, _, _ in self.copies], [w for _, w, _ in self.copies])  # type: ignore[attr-defined]
-            for p, _, _ in self.copies:
-                p.grad = None
         if self.averaged is not None:
             self.averaged.lerp_(self.master, 1 - min(self.average, (1 + step) / (10 + step)))
-        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next update depends on, besides the gradient: views, not copies."""
+        found = {"master": self.master, "mean": self.adam.mean, "square": self.adam.square, "count": self.adam.count}
+        if self.averaged is not None:
+            found["averaged"] = self.averaged
+        return found | {f"momentum/{i}": buffer for i, buffer in enumerate(self._momenta())}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`, into an optimiser of the same model and settings.
+
+        Raises:
+            RunError: a state of other names or shapes.
+        """
+        own = self.state()
+        shapes = ({name: tuple(tensor.shape) for name, tensor in found.items()} for found in (own, state))
+        if operator.ne(*shapes):
+            raise RunError("this checkpoint is of another model or optimiser: train again, without --resume")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._bind()
+
+    def _momenta(self) -> list[Tensor]:
+        """Muon's momentum of each of its matrices, which it makes at its first step and zero."""
+        if self.muon is None:
+            return []
+        matrices = self.muon.param_groups[0]["params"]
+        return [self.muon.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

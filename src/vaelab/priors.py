@@ -260,7 +260,8 @@ class LabelGaussian(Prior):
     def forward(self, model: "VAE | None" = None, c: Tensor | None = None) -> DiagGaussian:
         """p(z|c) for labels c (B,). Raises UsageError: a label outside 0 to classes - 1."""
         index = torch.zeros(1, dtype=torch.long, device=self.mean.device) if c is None else c.long()
-        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.classes):
+        exported = torch.compiler.is_exporting()  # a graph has no values to look at
+        if index.numel() and not exported and not (int(index.min()) >= 0 and int(index.max()) < self.classes):
             raise UsageError(f"a label lies outside 0 to {self.classes - 1}, which this prior was built for")
         return DiagGaussian(self.mean[index], self.log_std[index])
 

@@ -4,11 +4,16 @@
     env.json            versions, device, threads, hash of the code, the command
     metrics.jsonl       one record an epoch
     model.safetensors   the weights
+    checkpoint/         what a training that was interrupted goes on from (`vaelab.checkpoint`)
     evaluation.json     what `vaelab evaluate` measured
     report/             what `vaelab report` drew
+    run.lock            held by the process that trains
 
 Every file is written under a temporary name, flushed, and renamed; only metrics.jsonl grows by a line at a time, and a
-last line that was cut off is left out when it is read.
+last line that was cut off is left out when it is read. Formats:
+
+    1    no checkpoints, records without clipped and skipped steps
+    2    this one
 """
 
 import hashlib
@@ -16,27 +21,32 @@ import json
 import os
 import platform
 import shlex
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaelab import __version__
+from vaelab import __version__, strict_json
 from vaelab.errors import RunError, UsageError, VaelabError
 from vaelab.recipes import Recipe
-from vaelab.registry import build, foreign_classes
+from vaelab.registry import build, foreign_classes, limit_for
 
 if TYPE_CHECKING:
     import torch
 
     from vaelab.models.vae import VAE
 
-FORMAT = 1
-"""Version of the run folder's layout; a newer one is refused."""
+FORMAT = 2
+"""Version of the run folder's layout: a newer one is refused, an older one is read."""
+LOCK, OWNER = "run.lock", "run.owner.json"
+CHECKPOINT_EVERY = 30.0
+"""Seconds of training between two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,14 @@ class Run:
         """Make a new run folder; `facts` join env.json. Raises UsageError where it cannot be made or is not empty."""
         claim_folder(path)
         run = cls(path)
-        write_json(run.config, {"format": FORMAT, **recipe.to_dict()})
-        write_json(path / "env.json", {**environment(), "foreign_classes": foreign_classes(recipe.model), **facts})
+        with said(path):  # the configuration last: with it the folder is a run
+            write_json(path / "env.json", {**environment(), "foreign_classes": foreign_classes(recipe.model), **facts})
+            run.configure(recipe)
         return run
+
+    def configure(self, recipe: Recipe) -> None:
+        """Write the resolved recipe."""
+        write_json(self.config, {"format": FORMAT, **recipe.to_dict()})
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
@@ -86,9 +101,10 @@ class Run:
         if not isinstance(data, dict) or "format" not in data:
             raise RunError(f"'{self.config}' is not a run's configuration")
         version = data.pop("format")
-        if version != FORMAT:
+        if type(version) is not int or not 1 <= version <= FORMAT:
             raise RunError(
-                f"'{self.path}' has format {version} and this version of vaelab reads {FORMAT}: install a newer vaelab"
+                f"'{self.path}' has format {ascii(version)[:40]} and this version of vaelab reads 1 to {FORMAT}: "
+                "install a newer vaelab"
             )
         try:
             return Recipe.from_dict(data)
@@ -97,44 +113,43 @@ class Run:
 
     def model(self, device: "torch.device | str" = "cpu") -> "VAE":
         """The trained model, in evaluation mode. Raises RunError where it is missing or does not fit."""
-        import safetensors.torch
         import torch
-        from safetensors import SafetensorError
+
+        from vaelab import weights
 
         if not self.weights.is_file():
             raise RunError(f"'{self.path}' has no model.safetensors: its training has not finished")
+        limit = limit_for(weights.numbers(self.weights))
         try:
             with torch.random.fork_rng(devices=[]):  # building draws first weights: not from the user's generator
-                model = build(self.recipe().model)
+                model = build(self.recipe().model, limit=limit)
         except (VaelabError, TypeError, ValueError, AttributeError) as error:
             raise RunError(f"the model in '{self.config}' cannot be built: {error}") from None
-        try:
-            safetensors.torch.load_model(model, str(self.weights))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise RunError(f"'{self.weights}' does not hold this run's model: {str(error).splitlines()[0]}") from None
+        weights.load_model(self.weights, model)
         return model.to(device).eval()
 
     def save_model(self, model: Any) -> None:
-        import safetensors.torch
+        from vaelab import weights
 
         with replacing(self.weights) as temporary:
-            safetensors.torch.save_model(model, str(temporary))
+            weights.save_model(temporary, model)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one record to metrics.jsonl."""
+        """Add one record to metrics.jsonl, and see it on the disk."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewrite_history(self, history: list[dict[str, Any]]) -> None:
+        """Leave these records alone in metrics.jsonl."""
+        with replacing(self.path / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in history), encoding="utf-8")
 
     def history(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl. Raises RunError for a line that is not JSON."""
         path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        try:
-            whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-            return [json.loads(line) for line in whole.splitlines() if line]
-        except ValueError as error:
-            raise RunError(f"'{path}' is damaged: {error}") from None
+        return strict_json.read_lines(path) if path.is_file() else []
 
     def environment(self) -> dict[str, Any]:
         path = self.path / "env.json"
@@ -145,14 +160,65 @@ def claim_folder(path: Path) -> None:
     """Make a folder that is empty. Raises UsageError where it exists with something in it, or cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise UsageError(f"'{path}' exists and is not empty: choose another --out, or remove it")
+        if any(inside.name not in (LOCK, OWNER) for inside in path.iterdir()):
+            goes_on = f"continue it with vaelab train --resume {shlex.quote(str(path))}, "
+            raise UsageError(
+                f"'{path}' exists and is not empty: {goes_on if (path / 'config.json').is_file() else ''}"
+                "choose another --out, or remove it"
+            )
         with tempfile.TemporaryFile(dir=path):
             pass
     except FileExistsError:
         raise UsageError(f"'{path}' is a file: choose a folder for --out") from None
     except OSError as error:
         raise UsageError(f"cannot write to '{path}': {error.strerror or error}; choose another --out") from None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a run folder alone. The system lets go of the lock of a process that has died, however it died.
+
+    Raises:
+        RunError: another process holds it, which is named.
+        UsageError: the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            owner = strict_json.read(path / OWNER)
+            who = f"process {owner['process']} on {owner['host']}, since {owner['since']}"
+        except (RunError, TypeError, KeyError):  # it is writing it just now
+            who = "another process"
+        raise RunError(f"'{path}' is being trained by {who}: wait for it, or stop it") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"'{path}' is a file: choose a folder for --out") from None
+    except OSError as error:
+        raise UsageError(f"cannot write to '{path}': {error.strerror or error}; choose another --out") from None
+    try:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with said(path):
+            write_json(path / OWNER, {"process": os.getpid(), "host": socket.gethostname(), "since": now})
+        yield
+    finally:
+        (path / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def said(path: Path) -> Iterator[None]:
+    """A disk that is full, read-only or over its quota is an error of the run, in one sentence. Raises RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write to '{path}': {error.strerror or error}; what was whole is kept: make room, then go on with "
+            f"vaelab train --resume {shlex.quote(str(path))}"
+        ) from None
 
 
 @contextmanager
@@ -165,22 +231,30 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # safetensors leaves 0600
         temporary.replace(path)
+        _flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(path: Path) -> None:
+    """A rename is on the disk when its folder is; where folders cannot be opened (Windows) the system sees to it."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(strict_json.text_of(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
     """Read JSON. Raises RunError with the file's name where that fails."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"'{path}' cannot be read: {error}") from None
+    return strict_json.read(path)
 
 
 @cache

@@ -2,24 +2,28 @@
 
 One step: take a batch of bytes, let the protocol make it what the model sees, trace, estimate, differentiate, update.
 The data set lives in memory as bytes; there are no loader processes. All noise of step s comes from the stream
-("noise", s), and the order of epoch e from ("order", e): see `vaelab.rng`.
+("noise", s), and the order of epoch e from ("order", e): see `vaelab.rng`. What else a step depends on is in a
+`vaelab.checkpoint.Snapshot`, so that a training that was interrupted goes on with the same bits.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vaelab.checkpoint import Checkpoints, Snapshot, untrained
 from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import Protocol, check
 from vaelab.data.protocol import protocol as protocol_named
-from vaelab.errors import Interrupted, NoDensity, NonFiniteError, RunError, UsageError
+from vaelab.errors import Interrupted, NonFiniteError, RunError, UsageError
+from vaelab.meter import Meter, Progress
 from vaelab.models.vae import VAE
 from vaelab.objectives import Objective
 from vaelab.optim import Optimiser
@@ -27,35 +31,8 @@ from vaelab.precision import choose
 from vaelab.recipes import Recipe, Training
 from vaelab.registry import build
 from vaelab.rng import stream, stream_seed
-from vaelab.run import Run
+from vaelab.run import CHECKPOINT_EVERY, Run, claim_folder, locked, said
 from vaelab.schedules import LEARNING_RATE
-from vaelab.trace import Trace
-
-
-def text_of(metrics: dict[str, float | None]) -> str:
-    """Rate and distortion in one line, for people."""
-    rate, distortion = metrics["rate"], metrics["distortion"]
-    return f"rate {'n/a' if rate is None else f'{rate:.2f}'}  distortion {distortion:.2f} nats"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a progress bar shows; rate and distortion in nats per image, means over the epoch so far."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    rate: float | None
-    distortion: float
-    images_per_second: float
-    seconds_left: float
-
-    def text(self) -> str:
-        """One line for a progress bar."""
-        metrics = text_of({"rate": self.rate, "distortion": self.distortion})
-        return f"epoch {self.epoch}/{self.epochs}  {metrics}  {self.images_per_second:,.0f} images/s"
-
 
 Record = dict[str, Any]
 """One line of metrics.jsonl: epoch, step, seconds of training, lr, and rate and distortion on train and test."""
@@ -73,6 +50,9 @@ def fit(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_epoch: Callable[[Record], None] = lambda record: None,
     stop: Callable[[], str | None] = lambda: None,
+    keep: Callable[[Snapshot], None] = lambda snapshot: None,
+    keep_every: float = math.inf,
+    start: Snapshot | None = None,
 ) -> list[Record]:
     """Fit a model to a data set. The model is changed in place, and holds the averaged weights afterwards.
 
@@ -87,14 +67,18 @@ def fit(
         on_progress: called a few times a second.
         on_epoch: called with each epoch's record.
         stop: asked after each step; a reason ends training with `Interrupted`, the model kept as it is.
+        keep: given a snapshot every `keep_every` seconds, and where `stop` ends training.
+        keep_every: seconds; with 0 after each step.
+        start: the snapshot to go on from, of a training with the same arguments.
 
     Returns:
         One record for each epoch.
 
     Raises:
         UsageError: the likelihood does not match the protocol, or the batch is larger than the data.
-        NonFiniteError: the loss is not finite; names the step.
+        NonFiniteError: the loss or its gradient is not finite, and `training.on_nonfinite` is "stop"; names the step.
         Interrupted: `stop` gave a reason.
+        RunError: the snapshot is of another training.
     """
     _check_fit(model, data, protocol, training)
     device = torch.device(device)
@@ -111,63 +95,126 @@ def fit(
     )  # fmt: skip
 
     history: list[Record] = []
-    seconds, step = 0.0, 0
-    try:
-        for epoch in range(1, training.epochs + 1):
-            start, meter = time.perf_counter(), Meter(device)
-            order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
-            for batch in order.split(training.batch_size):
-                noise = stream(seed, "noise", step, device=device)
-                x = protocol.training_batch(pixels.index_select(0, batch), noise)
-                c = None if labels is None else labels[batch]
-                with precision.autocast(device):
-                    trace = model.trace(x, c, k=training.k, generator=noise)
-                loss = objective(trace, step).loss
-                loss.backward()
-                if not math.isfinite(loss.item()):
-                    raise NonFiniteError(
-                        f"the loss of step {step} (epoch {epoch}) is {loss.item()}: lower --lr, or try --precision float32"
-                    )
-                norm = optimiser.step(step)
-                if not math.isfinite(norm):
-                    raise NonFiniteError(
-                        f"the gradient of step {step} (epoch {epoch}) is not finite: lower --lr, or try --precision float32"
-                    )
-                meter.add(trace, norm)
-                step += 1
-                if meter.due():
-                    now = seconds + time.perf_counter() - start
-                    on_progress(meter.progress(epoch, training.epochs, step, steps, training.batch_size, now))
-                reason = stop()
-                if reason:
-                    raise Interrupted(reason, f"after step {step} of {steps}")
-            seconds += time.perf_counter() - start
+    seconds, step, skipped, meter = 0.0, 0, 0, Meter(device)
+    if start is not None:
+        history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
+        _restore(start, model, optimiser, meter)
 
-            rate, distortion = meter.means()
-            # the curve is followed in the training's precision, which is faster; its last point is in float32
-            followed = nullcontext() if epoch == training.epochs else precision.autocast(device)
-            with optimiser.evaluated(), followed:
-                tested = test_metrics(model, test, test_labels, seed)
-            if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
-                raise NonFiniteError(
-                    f"rate or distortion is not finite after step {step - 1} (epoch {epoch}): lower --lr, "
-                    "or try --precision float32"
-                )
-            record = {
-                "epoch": epoch,
-                "step": step,
-                "seconds": round(seconds, 3),
-                "images_per_second": round(len(pixels) * epoch / seconds, 1),
-                "gradient_norm": {"mean": meter.norm_sum / meter.steps, "max": meter.norm_max},
-                "train": {"rate": rate, "distortion": distortion},
-                "test": tested,
-            }
-            history.append(record)
-            on_epoch(record)
-    finally:  # whatever happened, the model is left with float32 weights of its own
-        optimiser.finish()
-        model.eval()
+    def now() -> float:
+        return seconds + time.perf_counter() - began
+
+    def snapshot() -> Snapshot:
+        return Snapshot(step, now(), list(history), meter.state(), skipped, optimiser.state(), untrained(model),
+                        torch.get_rng_state())  # fmt: skip
+
+    with _own_generator(seed, device, start):
+        try:
+            kept = began = time.perf_counter()
+            while len(history) < training.epochs:
+                epoch = len(history) + 1
+                order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
+                for batch in order.split(training.batch_size)[step - (epoch - 1) * steps_per_epoch :]:
+                    noise = stream(seed, "noise", step, device=device)
+                    x = protocol.training_batch(pixels.index_select(0, batch), noise)
+                    c = None if labels is None else labels[batch]
+                    before = _buffers(model, training)
+                    with precision.autocast(device):
+                        trace = model.trace(x, c, k=training.k, generator=noise)
+                    loss = objective(trace, step).loss
+                    loss.backward()
+                    value = loss.item()
+                    norm = optimiser.step(step, skip=not math.isfinite(value))
+                    if math.isfinite(value) and math.isfinite(norm):
+                        meter.add(trace, norm, training.clip)
+                    else:
+                        _skip_or_raise(training, step, epoch, value)
+                        skipped += 1
+                        for buffer, old in zip(model.buffers(), before, strict=True):
+                            buffer.copy_(old)
+                    step += 1
+                    if meter.due():
+                        on_progress(meter.progress(epoch, training, step, steps, now(), skipped))
+                    if reason := stop():
+                        keep(snapshot())
+                        raise Interrupted(reason, f"after step {step} of {steps}")
+                    if time.perf_counter() - kept >= keep_every and step < epoch * steps_per_epoch:
+                        keep(snapshot())
+                        kept = time.perf_counter()
+                seconds, began = now(), time.perf_counter()
+
+                # the curve is followed in the training's precision, which is faster; its last point is in float32
+                followed = nullcontext() if epoch == training.epochs else precision.autocast(device)
+                with optimiser.evaluated(), followed:
+                    tested = test_metrics(model, test, test_labels, seed)
+                record = _record(epoch, step, seconds, len(pixels), meter, tested, skipped)
+                history.append(record)
+                meter = Meter(device)
+                on_epoch(record)
+                began = time.perf_counter()  # evaluation does not count
+                if epoch < training.epochs and began - kept >= keep_every:
+                    keep(snapshot())
+                    kept = time.perf_counter()
+        finally:  # whatever happened, the model is left with float32 weights of its own
+            optimiser.finish()
+            model.eval()
     return history
+
+
+def _record(
+    epoch: int, step: int, seconds: float, images: int, meter: Meter, tested: dict[str, float | None], skipped: int
+) -> Record:
+    """Of an epoch. Raises NonFiniteError where a number in it is not finite."""
+    rate, distortion = meter.means()
+    if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
+        raise NonFiniteError(
+            f"rate or distortion is not finite after step {step - 1} (epoch {epoch}): lower --lr, "
+            "or try --precision float32"
+        )
+    return {
+        "epoch": epoch,
+        "step": step,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images * epoch / seconds, 1),
+        "gradient_norm": meter.gradient(),
+        "skipped_steps": skipped,
+        "train": {"rate": rate, "distortion": distortion},
+        "test": tested,
+    }
+
+
+def _skip_or_raise(training: Training, step: int, epoch: int, loss: float) -> None:
+    if training.on_nonfinite == "stop":
+        what = "the gradient" if math.isfinite(loss) else "the loss"
+        given = "not finite" if math.isfinite(loss) else str(loss)
+        raise NonFiniteError(
+            f"{what} of step {step} (epoch {epoch}) is {given}: lower --lr, try --precision float32, "
+            "or leave such steps out with --on-nonfinite skip"
+        )
+
+
+def _buffers(model: nn.Module, training: Training) -> list[Tensor]:
+    """What a step that is skipped must not have changed."""
+    return [buffer.clone() if training.on_nonfinite == "skip" else buffer for buffer in model.buffers()]
+
+
+def _restore(start: Snapshot, model: nn.Module, optimiser: Optimiser, meter: Meter) -> None:
+    optimiser.load(start.optimiser)
+    own = untrained(model)
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in start.model.items()}:
+        raise RunError("this checkpoint is of another model: train again, without --resume")
+    for name, tensor in own.items():
+        tensor.copy_(start.model[name])
+    meter.load(start.meter)
+
+
+@contextmanager
+def _own_generator(seed: int, device: torch.device, start: Snapshot | None) -> Iterator[None]:
+    """torch's global generator for whoever draws from it (dropout in a user's network), and as it was afterwards."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(stream_seed(seed, "global"))
+        if start is not None:
+            torch.set_rng_state(start.generator)
+        yield
 
 
 def train(
@@ -178,30 +225,99 @@ def train(
     device: torch.device | str = "cpu",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stop: Callable[[], str | None] = lambda: None,
+    keep_every: float = CHECKPOINT_EVERY,
 ) -> Run:
     """Train a recipe into a new run folder; same seed, same machine, same threads: same bits.
 
-    An interrupted training saves the weights it has and raises. Arguments and errors as in `fit`, and UsageError where
-    the folder cannot be made.
+    An interrupted training saves the weights it has and a checkpoint, and raises; `resume` goes on. Arguments and errors
+    as in `fit`, and UsageError where the folder cannot be made, RunError where it cannot be written or another process
+    trains in it.
     """
     check_recipe(recipe, data)
-    model, objective = initial_model(recipe), build(recipe.objective)
-    protocol = protocol_named(recipe.protocol)
     precision = choose(recipe.training.precision, torch.device(device))
-    run = Run.create(
-        path, recipe, device=str(device), data_fingerprint=data.fingerprint, data_source=data.source,
-        precision=precision.name, precision_reason=precision.reason,
-    )  # fmt: skip
-    try:
-        fit(
-            model, objective, data, protocol, recipe.training, seed=recipe.seed, device=device,
-            on_progress=on_progress, on_epoch=run.append, stop=stop,
+    claim_folder(path)  # before a lock is left in what may be somebody else's
+    with locked(path):
+        run = Run.create(
+            path, recipe, device=str(device), data_fingerprint=data.fingerprint, data_source=data.source,
+            precision=precision.name, precision_reason=precision.reason,
         )  # fmt: skip
-    except Interrupted:
-        run.save_model(model)
-        raise
-    run.save_model(model)
+        _fit_into(run, recipe, data, device, on_progress, stop, keep_every, None)
     return run
+
+
+def resume(
+    run: Run,
+    data: Dataset,
+    *,
+    on_nonfinite: str | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    stop: Callable[[], str | None] = lambda: None,
+    keep_every: float = CHECKPOINT_EVERY,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> Run:
+    """Go on with a training that was interrupted, by whatever: the same bits as if it had not been.
+
+    Args:
+        run: its folder; a finished one is left as it is.
+        data: what it was trained on.
+        on_nonfinite: `stop` or `skip` from here on; as it was if None.
+        on_progress: see `fit`.
+        stop: see `fit`.
+        keep_every: seconds between checkpoints.
+        tell: is given what a user should know: from where it goes on, and which checkpoints are damaged.
+
+    Raises:
+        RunError: another process trains in it; it cannot be written; its checkpoint is of another model.
+    """
+    with locked(run.path):
+        checkpoints = Checkpoints(run.path / "checkpoint")
+        if run.finished:
+            checkpoints.remove()
+            tell(f"'{run.path}' is finished: all {run.recipe().training.epochs} epochs were trained")
+            return run
+        recipe = run.recipe()
+        if on_nonfinite is not None:
+            recipe = replace(recipe, training=replace(recipe.training, on_nonfinite=on_nonfinite))
+        snapshot, refused = checkpoints.load()
+        for sentence in refused:
+            tell(sentence)
+        tell("there is no checkpoint: from the first step" if snapshot is None else f"from step {snapshot.step}")
+        with said(run.path):
+            run.configure(recipe)
+            run.rewrite_history([] if snapshot is None else snapshot.history)
+            for left in run.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left.unlink(missing_ok=True)
+        device = run.environment().get("device", "cpu")
+        _fit_into(run, recipe, data, device, on_progress, stop, keep_every, snapshot)
+    return run
+
+
+def _fit_into(
+    run: Run,
+    recipe: Recipe,
+    data: Dataset,
+    device: torch.device | str,
+    on_progress: Callable[[Progress], None],
+    stop: Callable[[], str | None],
+    keep_every: float,
+    start: Snapshot | None,
+) -> None:
+    model, checkpoints = initial_model(recipe), Checkpoints(run.path / "checkpoint")
+    goes_on = f"; go on with vaelab train --resume {shlex.quote(str(run.path))}"
+    with said(run.path):
+        try:
+            fit(
+                model, build(recipe.objective), data, protocol_named(recipe.protocol), recipe.training, seed=recipe.seed,
+                device=device, on_progress=on_progress, on_epoch=run.append, stop=stop, keep=checkpoints.save,
+                keep_every=keep_every, start=start,
+            )  # fmt: skip
+        except Interrupted as error:
+            run.save_model(model)
+            raise Interrupted(error.reason, error.where + goes_on) from None
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}{goes_on} --on-nonfinite skip") from None
+        run.save_model(model)
+        checkpoints.remove()
 
 
 def check_recipe(recipe: Recipe, data: Dataset) -> None:
@@ -298,40 +414,3 @@ def test_metrics(
             meter.add(model.trace(x, c, generator=stream(seed, "eval", i, device=images.device)))
     rate, distortion = meter.means()
     return {"rate": rate, "distortion": distortion}
-
-
-class Meter:
-    """Sums of rate and distortion with their counts, so that unequal batches average rightly; in float64."""
-
-    def __init__(self, device: torch.device, interval: float = 0.2) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.has_rate = True
-        self.count, self.interval, self.last = 0, interval, time.perf_counter()
-        self.steps, self.norm_sum, self.norm_max = 0, 0.0, 0.0
-
-    def add(self, trace: Trace, gradient_norm: float = 0.0) -> None:
-        distortion = trace.distortion.detach()
-        try:
-            rate = trace.rate.detach().sum()
-        except NoDensity:
-            rate, self.has_rate = torch.zeros((), device=distortion.device), False
-        self.sums += torch.stack([rate, distortion.sum()]).double()
-        self.count += len(distortion)
-        self.steps += 1
-        self.norm_sum, self.norm_max = self.norm_sum + gradient_norm, max(self.norm_max, gradient_norm)
-
-    def means(self) -> tuple[float | None, float]:
-        rate, distortion = (self.sums / self.count).tolist()
-        return (rate if self.has_rate else None), distortion
-
-    def due(self) -> bool:
-        now = time.perf_counter()
-        if now - self.last < self.interval:
-            return False
-        self.last = now
-        return True
-
-    def progress(self, epoch: int, epochs: int, step: int, steps: int, batch: int, seconds: float) -> Progress:
-        rate, distortion = self.means()
-        speed, left = batch * step / seconds, seconds / step * (steps - step)
-        return Progress(epoch, epochs, step, steps, rate, distortion, speed, left)

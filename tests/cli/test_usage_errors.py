@@ -6,7 +6,7 @@ from vaelab.run import Run
 
 NAMES = [
     (("trian", "mnist"), 'Did you mean "train"'),
-    (("train", "mnits"), 'Did you mean "mnist"'),
+    (("train", "mnits"), "unknown recipe 'mnits': did you mean 'mnist'?"),
     (("study", "removing-lk"), 'Did you mean "removing-kl"'),
     (("train", "mnist", "--latnt-dim", "3"), "Did you mean --latent-dim"),
     (("study", "removing-kl", "--sed", "3"), "Did you mean --seed"),

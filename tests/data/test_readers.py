@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import struct
 import tracemalloc
 import zipfile
@@ -59,6 +60,7 @@ BAD_IDX = {
     "body cut": (idx((4, 2, 2), bytes(15)), 3, ["4 x 2 x 2 = 16 bytes", "15 are there", "again"]),
     "body too long": (idx((4, 2, 2), bytes(17)), 3, ["16 bytes", "17 are there"]),
     "claims 2^96 pixels": (idx((0xFFFFFFFF,) * 3, bytes(16)), 3, ["79,228,162,458,924,105,385,300,197,375", "16 are"]),
+    "no pixels, but 2^64 sizes": (idx((0, 0xFFFFFFFF, 0xFFFFFFFF), b""), 3, ["claims 0 x 4294967295", "copy it again"]),
     "claims 2^64 pixels": (idx((1 << 31, 1 << 31, 4), b""), 3, ["18,446,744,073,709,551,616", "0 are"]),  # 0 in int64
 }
 
@@ -173,6 +175,62 @@ def test_bad_arrays_in_an_npz_are_refused(tmp_path, case):
     data, parts = BAD_NPZ[case]
     path = npz(tmp_path / "d.npz", x=data)
     refused(lambda: readers.read_npz(path, ["x"]), str(path), *parts)
+
+
+SUBARRAY = "{'descr': ('<f4', (2,)), 'fortran_order': False, 'shape': (1,), }"
+ODD = {
+    "values of no bytes": (header((1 << 60,), "|S0"), ["never loaded"]),
+    "arrays in an array": (
+        b"\x93NUMPY\x01\x00" + struct.pack("<H", len(SUBARRAY)) + SUBARRAY.encode() + bytes(8), ["never loaded"],
+    ),
+    "two negative sizes": (header((-2, -3)) + bytes(6), ["claims shape (-2, -3)", "save it again"]),
+    "a deep header": (b"\x93NUMPY\x02\x00" + struct.pack("<I", 5000) + b"-" * 5000, ["not a readable .npz"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_arrays_in_an_npz_are_refused(tmp_path, case):
+    data, parts = ODD[case]
+    path = npz(tmp_path / "d.npz", x=data)
+    refused(lambda: readers.read_npz(path, ["x"]), str(path), *parts)
+
+
+def test_a_claim_that_cannot_be_packed_costs_no_memory(tmp_path):
+    """The zip's own directory claims a gigabyte, and the array's header the same."""
+    size = 1 << 30
+    path = tmp_path / "d.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", header((size,)) + bytes(1000))
+        told = archive.infolist()[0]
+        told.file_size = len(header((size,))) + size
+    tracemalloc.start()
+    try:
+        refused(lambda: readers.read_npz(path, ["x"]), "d.npz", "'x'", "1,073,741,", "cannot be packed into")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_arrays_packed_otherwise_too_many_or_strangely_named_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "d.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("x.npy", header((1,)) + b"1")
+    refused(lambda: readers.read_npz(path, ["x"]), "d.npz", "packed in a way", "savez_compressed")
+    for name, shown in {"\x1b[2J": "'\\x1b[2J'", "a" * 101: "'aaaa", "two\nlines": "'two\\nlines'"}.items():
+        npz(path, **{name: header((1,)) + b"1"})
+        refused(lambda: readers.npz_names(path), "d.npz", shown, "save again")
+    monkeypatch.setattr(readers, "MOST_ARRAYS", 2)
+    one = header((1,)) + b"1"
+    assert readers.npz_names(npz(path, a=one, b=one)) == ["a", "b"]
+    refused(lambda: readers.npz_names(npz(path, a=one, b=one, c=one)), "d.npz", "3 arrays, at most 2", "np.stack")
+    refused(lambda: readers.read_npz(npz(path, a=one), ["b"]), "d.npz", "no array 'b'")
+
+
+def test_the_limit_holds_for_all_arrays_together(tmp_path, monkeypatch):
+    np.savez(tmp_path / "d.npz", x=np.zeros(500, np.uint8), y=np.zeros(500, np.uint8))
+    monkeypatch.setattr(readers, "LIMIT", 1000)
+    assert len(readers.read_npz(tmp_path / "d.npz", ["x"])) == 1
+    refused(lambda: readers.read_npz(tmp_path / "d.npz", ["x", "y"]), "'x', 'y' hold 1,256 bytes, at most 1,000")
 
 
 def test_records_are_refused(tmp_path):
@@ -385,13 +443,54 @@ def test_a_decompression_bomb_is_an_error(tmp_path, monkeypatch, limit):
     refused(lambda: readers.read_images([path]), str(path), "too many pixels", "smaller")
 
 
-def test_a_real_bomb_is_refused_from_its_header(tmp_path):
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG file of grey pixels that claims a size, with this data."""
+    ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + ihdr + chunk(b"IDAT", data or zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
-    ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + ihdr + chunk(b"IDAT", zlib.compress(bytes(1000))))
+
+def chunk(kind: bytes, data: bytes, length: int | None = None) -> bytes:
+    size = struct.pack(">I", len(data) if length is None else length)
+    return size + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_real_bomb_is_refused_from_its_header(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png(60000, 60000))
     refused(lambda: readers.read_images([tmp_path / "bomb.png"]), "bomb.png", "too many pixels")
+
+
+def test_a_claim_within_the_limit_of_pillow_costs_no_memory(tmp_path):
+    """81 million pixels in 74 bytes; and a chunk that claims two gigabytes, of which Pillow asks for the rest."""
+    (tmp_path / "bomb.png").write_bytes(png(9000, 9000))
+    pixels = zlib.compress(bytes(72))
+    whole = png(8, 8, pixels)
+    (tmp_path / "chunk.png").write_bytes(whole[:33] + chunk(b"IDAT", pixels, length=(1 << 31) - 1) + bytes(70_000))
+    tracemalloc.start()
+    try:
+        refused(
+            lambda: readers.read_images([tmp_path / "bomb.png"]), "bomb.png", "claims 9000 x 9000 pixels in 74 bytes"
+        )
+        assert readers.read_images([tmp_path / "chunk.png"]).shape == (1, 1, 8, 8)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    (tmp_path / "whole.png").write_bytes(whole)
+    assert readers.read_images([tmp_path / "whole.png"]).shape == (1, 1, 8, 8)
+
+
+def test_a_pipe_or_a_huge_file_is_no_picture(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for somebody who writes
+    refused(lambda: readers.read_images([tmp_path / "pipe.png"]), "pipe.png", "not a file", "remove")
+    monkeypatch.setattr(readers, "LARGEST", 100)
+    picture(tmp_path / "x.png", np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8))
+    refused(lambda: readers.read_images([tmp_path / "x.png"]), "x.png", "at most 100", "smaller")
+
+
+def test_other_formats_than_those_named_are_not_opened(tmp_path):
+    for kind in ("PCX", "TGA", "ICNS", "PDF"):
+        path = tmp_path / f"{kind}.png"
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(path, kind)
+        refused(lambda path=path: readers.read_images([path]), path.name, "not a readable image")
 
 
 def test_another_size_is_told_with_both_paths(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -353,6 +354,65 @@ def test_a_server_that_drips_or_stalls_is_given_up_on(cache, bundle, serve, monk
     assert nothing_installed(cache)
 
 
+def dripping_headers(handler: BaseHTTPRequestHandler) -> None:
+    with contextlib.suppress(OSError):
+        for byte in b"HTTP/1.0 200 OK\r\nX-Slow: " + b"x" * 200:
+            handler.wfile.write(bytes([byte]))
+            handler.wfile.flush()
+            time.sleep(0.02)
+
+
+def endless_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\n")
+    with contextlib.suppress(OSError):
+        for i in range(100_000):
+            handler.wfile.write(b"X-%d: x\r\n" % i)
+
+
+def sent_to(place: str):
+    def route(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", place)
+        handler.end_headers()
+
+    return route
+
+
+@pytest.mark.parametrize(
+    ("route", "reason"),
+    [(dripping_headers, r"no answer in 0\.5 s"), (endless_headers, "cannot be reached.*headers"),
+     (sent_to(f"/{A}.gz"), "HTTP 302.*infinite loop"), (sent_to("file:///etc/passwd"), "HTTP 302.*not allowed"),
+     (lambda handler: None, "cannot be reached"), (lambda handler: handler.wfile.write(b"\xff" * 5000), "cannot be reached")],
+    ids=["dripping headers", "endless headers", "sent in a circle", "sent to a file", "hung up", "not HTTP"],
+)  # fmt: skip
+def test_a_server_that_does_not_speak_as_it_should_is_given_up_on(
+    cache, bundle, serve, good, monkeypatch, route, reason
+):
+    monkeypatch.setattr(store, "OPEN_SECONDS", 0.5)
+    strange, _ = serve({f"{A}.gz": route})
+    start = time.monotonic()
+    with pytest.raises(DataError, match=reason):
+        store.obtain(bundle(store.Url(strange)))
+    assert time.monotonic() - start < 2
+    assert nothing_installed(cache)
+    fine, _ = serve(good)
+    assert contents(store.obtain(bundle(store.Url(strange), store.Url(fine)))) == CONTENT
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(cache, bundle, serve, good):
+    folder = cache / "tiny"
+    folder.mkdir(parents=True)
+    old, young, foreign = folder / f".{A}.1.ab.part", folder / f".{A}.2.cd.part", folder / "notes.part"
+    for path in (old, young, foreign):
+        path.write_bytes(b"half")
+    day = time.time() - 90_000
+    os.utime(old, (day, day))
+    os.utime(foreign, (day, day))
+    prefix, _ = serve(good)
+    assert contents(store.obtain(bundle(store.Url(prefix)))) == CONTENT
+    assert sorted(path.name for path in folder.iterdir()) == sorted([A, B, young.name, foreign.name])
+
+
 def test_an_interrupted_download_leaves_nothing(cache, bundle, serve, good):
     prefix, _ = serve(good)
 
@@ -427,6 +487,44 @@ def test_two_processes_fetching_at_once_both_end_with_the_file(cache, bundle, se
     assert [path.name for path in (cache / "tiny").iterdir()] == [A]
 
 
+def test_a_process_killed_while_it_fetches_disturbs_no_other(cache, bundle, serve, good):
+    """The one has written half of the file when it is killed; the other fetches the whole of it."""
+    import threading
+
+    half = threading.Event()
+
+    def stop_half_way(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(gzip.compress(CONTENT[A], 0)[:4000])
+        handler.wfile.flush()
+        half.set()
+        time.sleep(20)
+
+    prefix, _ = serve({f"{A}.gz": stop_half_way})
+    file = bundle().files[0]
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, file.name, str(file.size), file.sha256, prefix],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[2])},
+    )  # fmt: skip
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(b"\n")
+    child.stdin.flush()
+    assert half.wait(20)
+    deadline = time.monotonic() + 20
+    while not list((cache / "tiny").glob(".*.part")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    child.stdin.close()
+    child.stdout.close()
+    left = list((cache / "tiny").iterdir())
+    assert [path.suffix for path in left] == [".part"]
+    fine, _ = serve(good)
+    assert contents(store.obtain(bundle(store.Url(fine)))) == CONTENT
+    assert sorted(path.name for path in (cache / "tiny").iterdir()) == sorted([A, B, left[0].name])
+
+
 # --- npm ---
 
 PACK = store.NpmPackage("pack", "1.0.0", "data")
@@ -454,6 +552,14 @@ HOSTILE = {
     "another place": [member("x", b"x", name="../../escaped"), member("x", b"x", name="/tmp/escaped-absolute")],
     "a link": [member(A, b"", type=tarfile.SYMTYPE, linkname="/etc/passwd", size=0)],
     "a link of the right length": [member(A, b"", type=tarfile.SYMTYPE, linkname="/etc/passwd", size=len(CONTENT[A]))],
+    "a hard link": [member(A, b"", type=tarfile.LNKTYPE, linkname="/etc/passwd", size=len(CONTENT[A]))],
+    "a device": [member(A, b"", type=tarfile.CHRTYPE, devmajor=1, devminor=5, size=len(CONTENT[A]))],
+    "a pipe": [member(A, b"", type=tarfile.FIFOTYPE, size=len(CONTENT[A]))],
+    "a folder": [member(A, b"", type=tarfile.DIRTYPE, size=0)],
+    "a link and what goes through it": [
+        member("x", b"", name="package/data", type=tarfile.SYMTYPE, linkname="/tmp"),
+        member("x", b"x"),
+    ],
     "another length": [member(A, CONTENT[A] + b"x")],
     "other content": [member(A, bytes(len(CONTENT[A])))],
     "nothing": [],
@@ -469,6 +575,32 @@ def test_a_hostile_archive_installs_nothing(tmp_path, cache, bundle, npm, case):
         store.obtain(bundle(PACK))
     assert nothing_installed(cache)
     assert {path.name for path in set(tmp_path.rglob("*")) - before} <= {"cache", "tiny", "npm.log"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "content", "reason"),
+    [(tarfile.XHDTYPE, 1 << 40, b"", "bytes that can be right"), (tarfile.REGTYPE, 1 << 80, b"", "bytes that can be right"),
+     (tarfile.GNUTYPE_LONGNAME, 1 << 80, b"", "bytes that can be right"),
+     (tarfile.XHDTYPE, 99, b"18446744073709551616 comment=x\n", "archive cannot be read")],
+)  # fmt: skip
+def test_an_archive_whose_header_claims_too_much_costs_its_limit(
+    tmp_path, cache, bundle, npm, monkeypatch, kind, size, content, reason
+):
+    monkeypatch.setattr(store, "_ARCHIVE", 2 << 20)
+    npm()
+    claim = tarfile.TarInfo("x")
+    claim.type, claim.size = kind, size
+    with gzip.open(tmp_path / "archive.tgz", "wb", 1) as out:
+        out.write(claim.tobuf(tarfile.GNU_FORMAT))
+        out.write(content + bytes(30 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=reason):
+            store.obtain(bundle(PACK))
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
+    assert nothing_installed(cache)
 
 
 FAILING = {
@@ -491,6 +623,27 @@ def test_an_npm_that_fails_is_told(cache, bundle, npm, monkeypatch, case):
         store.obtain(bundle(PACK))
     assert time.monotonic() - start < (3 if case == "hangs" else 10)
     assert nothing_installed(cache)
+
+
+def test_what_a_hanging_npm_has_started_is_ended_too(tmp_path, bundle, npm, monkeypatch):
+    npm(f'sleep 30 & echo $! > "{tmp_path}/pid"; wait')
+    monkeypatch.setattr(store, "NPM_SECONDS", 0.5)
+    with pytest.raises(DataError, match=r"not done after 0\.5 s"):
+        store.obtain(bundle(PACK))
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not yet collected by its parent does not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 # --- MNIST itself ---

@@ -3,8 +3,9 @@
 import torch
 
 from vaelab.data.protocol import Protocol, protocol
+from vaelab.meter import Meter
 from vaelab.registry import build
-from vaelab.training import Meter, fit, initial_model
+from vaelab.training import fit, initial_model
 
 TIMES = ("seconds", "images_per_second")
 

@@ -11,13 +11,14 @@ from vaelab.data.protocol import protocol
 from vaelab.distributions import Delta
 from vaelab.errors import Interrupted, NonFiniteError, UsageError
 from vaelab.evaluation import codes_of
+from vaelab.meter import Meter
 from vaelab.models.vae import VAE
 from vaelab.nn.mlp import MLP
 from vaelab.objectives import ELBO
 from vaelab.recipes import Training
 from vaelab.run import Run
 from vaelab.trace import Level, Trace
-from vaelab.training import Meter, fit, train
+from vaelab.training import fit, train
 
 
 def grey_vae(likelihood=likelihoods.GreyCrossEntropy):
@@ -29,11 +30,13 @@ def test_a_record_holds_what_its_readers_need(trained):
     _, history = trained(epochs=2)
     assert [(r["epoch"], r["step"]) for r in history] == [(1, 6), (2, 12)]
     for record in history:
-        assert set(record) == {"epoch", "step", "seconds", "images_per_second", "gradient_norm", "train", "test"}
+        assert set(record) == {"epoch", "step", "seconds", "images_per_second", "gradient_norm", "skipped_steps",
+                               "train", "test"}  # fmt: skip
         for part in ("train", "test"):
             assert set(record[part]) == {"rate", "distortion"}
             assert record[part]["rate"] > 0 and 0 < record[part]["distortion"] < 64 * math.log(2) + 1
         assert 0 < record["gradient_norm"]["mean"] <= record["gradient_norm"]["max"]
+        assert record["skipped_steps"] == 0 == record["gradient_norm"]["clipped"]
     assert history[0]["seconds"] <= history[1]["seconds"]
 
 
@@ -133,7 +136,7 @@ def test_an_interrupted_training_saves_usable_weights(digits, small, tmp_path, r
 def test_a_finished_run_folder_is_complete(digits, small, tmp_path):
     run = train(small(epochs=1), digits, tmp_path / "run")
     assert run.finished
-    names = {"config.json", "env.json", "metrics.jsonl", "model.safetensors"}
+    names = {"config.json", "env.json", "metrics.jsonl", "model.safetensors", "run.lock"}
     assert {path.name for path in run.path.iterdir()} == names
     environment = json.loads((run.path / "env.json").read_text())
     assert {"vaelab", "code", "python", "torch", "threads", "command", "device", "precision"} <= set(environment)

@@ -1,7 +1,9 @@
-"""`vaelab train RECIPE`: train one model into a run folder."""
+"""`vaelab train RECIPE`: train one model into a run folder; `vaelab train --resume RUN`: go on with one."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -9,8 +11,67 @@ from vaelab.cli import console
 from vaelab.cli.console import Output
 from vaelab.cli.fields import command_from
 from vaelab.recipes import RECIPES, recipe
+from vaelab.run import CHECKPOINT_EVERY
 
-app = App(name="train", help="Train a recipe into a run folder.\n\nExample: `vaelab train mnist --latent-dim 10`")
+if TYPE_CHECKING:
+    from vaelab.data.datasets import Dataset
+    from vaelab.run import Run
+
+app = App(
+    name="train",
+    help="Train a recipe into a run folder, or go on with a training that was interrupted.\n\n"
+    "Examples: `vaelab train mnist --latent-dim 10`, `vaelab train --resume runs/mnist-1`",
+)
+
+OnNonfinite = Literal["stop", "skip"]
+Every = Annotated[
+    float, Parameter(name="--checkpoint-every", help="Seconds between checkpoints; 0 for one after each step.")
+]
+
+
+@app.default
+def resume(
+    *unknown: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    resume: Annotated[Path | None, Parameter(help="The run folder of a training that was interrupted.")] = None,
+    on_nonfinite: Annotated[
+        OnNonfinite | None, Parameter(help="From here on, at a step whose loss or gradient is not finite.")
+    ] = None,
+    checkpoint_every: Every = CHECKPOINT_EVERY,
+    data_dir: Annotated[Path | None, Parameter(help="Where the data files are, if not in the cache.")] = None,
+    output: Output = Output(),  # noqa: B008
+) -> None:
+    """Go on with a training that was interrupted: the same bits as if it had not been.
+
+    Example: `vaelab train --resume runs/mnist-1`
+    """
+    from vaelab.errors import UsageError, unknown_name
+    from vaelab.run import Run
+
+    if unknown and not unknown[0].startswith("-"):
+        raise unknown_name("recipe", unknown[0], RECIPES)
+    if unknown:
+        raise UsageError(f"unknown option '{unknown[0]}': see `vaelab train --help`")
+    if resume is None:
+        raise UsageError(f"name a recipe ({', '.join(RECIPES)}), or --resume RUN: vaelab train mnist")
+    _check_every(checkpoint_every)
+    run = Run.open(resume)
+    from vaelab.cli.common import check_device, data_of
+    from vaelab.run import code_hash
+    from vaelab.training import resume as go_on
+
+    check_device(run.environment().get("device", "cpu"))
+    made_by = run.environment().get("code")
+    if not run.finished and made_by != code_hash():
+        console.note(f"{resume} was begun by another version of the code ({made_by}): the bits may differ", output)
+    stages = console.Stages(output)
+    data = data_of(run, data_dir, stages)
+    with stages(f"train {run.recipe().name}") as update, console.interruptible() as stop:
+        go_on(
+            run, data, on_nonfinite=on_nonfinite, stop=stop, keep_every=checkpoint_every,
+            on_progress=lambda p: update(p.step / p.steps, p.text()),
+            tell=lambda sentence: console.note(sentence, output),
+        )  # fmt: skip
+    _show(run, data, output)
 
 
 def _body(name: str) -> Any:
@@ -21,15 +82,20 @@ def _body(name: str) -> Any:
         ] = None,
         data_dir: Annotated[Path | None, Parameter(help="Where the data files are, if not in the cache.")] = None,
         device: Annotated[str, Parameter(help="Where to train: cpu, cuda …")] = "cpu",
+        on_nonfinite: Annotated[
+            OnNonfinite, Parameter(help="At a step whose loss or gradient is not finite: stop, or skip the step.")
+        ] = "stop",
+        checkpoint_every: Every = CHECKPOINT_EVERY,
         output: Output = Output(),  # noqa: B008
         fields: dict[str, Any],
     ) -> None:
+        _check_every(checkpoint_every)
         recipe(name, **fields)  # out-of-range values end here, before data is fetched or torch imported
         import torch
 
         from vaelab.cli.common import absolute, check_device, load_data
         from vaelab.precision import choose
-        from vaelab.training import Progress, train
+        from vaelab.training import train
 
         check_device(device)
         stages = console.Stages(output)
@@ -39,29 +105,42 @@ def _body(name: str) -> Any:
         if "images" in (RECIPES[name].__kwdefaults__ or {}):
             fields["images"] = len(data.train)
         resolved = recipe(name, data.shape, **fields)
+        resolved = replace(resolved, training=replace(resolved.training, on_nonfinite=on_nonfinite))
         precision = choose(resolved.training.precision, torch.device(device))
         console.note(f"precision: {precision.name} ({precision.reason})", output)
         with stages(f"train {name}") as update, console.interruptible() as stop:
-
-            def show(p: Progress) -> None:
-                update(p.step / p.steps, p.text())
-
-            run = train(resolved, data, path, device=device, on_progress=show, stop=stop)
-        last = run.history()[-1]
-
-        def show_result() -> None:
-            rate, distortion = last["test"]["rate"], last["test"]["distortion"]
-            what = "cross-entropy" if resolved.protocol == "grey" else "distortion"
-            total = "" if rate is None else f" + rate {rate:.2f} = {distortion + rate:.2f}"
-            console.text(
-                f"test after {last['epoch']} epochs, {last['seconds']:.1f} s: {what} {distortion:.2f}{total} "
-                f"nats per image (n = {len(data.test):,} images)"
-            )
-            console.text(f"run: {path}   next: vaelab report {path}")
-
-        console.result({"run": str(path), **last}, output, show_result)
+            run = train(
+                resolved, data, path, device=device, stop=stop, keep_every=checkpoint_every,
+                on_progress=lambda p: update(p.step / p.steps, p.text()),
+            )  # fmt: skip
+        _show(run, data, output)
 
     return body
+
+
+def _show(run: "Run", data: "Dataset", output: Output) -> None:
+    last, path = run.history()[-1], shlex.quote(str(run.path))
+
+    def show() -> None:
+        rate, distortion = last["test"]["rate"], last["test"]["distortion"]
+        what = "cross-entropy" if run.recipe().protocol == "grey" else "distortion"
+        total = "" if rate is None else f" + rate {rate:.2f} = {distortion + rate:.2f}"
+        console.text(
+            f"test after {last['epoch']} epochs, {last['seconds']:.1f} s: {what} {distortion:.2f}{total} "
+            f"nats per image (n = {len(data.test):,} images)"
+        )
+        if last.get("skipped_steps"):
+            console.text(f"{last['skipped_steps']:,} of {last['step']:,} steps were not finite and were skipped")
+        console.text(f"run: {path}   next: vaelab report {path}")
+
+    console.result({"run": str(run.path), **last}, output, show)
+
+
+def _check_every(seconds: float) -> None:
+    from vaelab.errors import UsageError
+
+    if not seconds >= 0:
+        raise UsageError(f"--checkpoint-every is {seconds}: expected seconds, 0 or more")
 
 
 def _free(name: str) -> Path:

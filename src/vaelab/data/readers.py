@@ -3,20 +3,25 @@
 A data file is somebody else's bytes, so nothing in it is believed. The rule throughout: read the header, work out how
 many bytes it claims, compare with the bytes that are there, and only then allocate. A header of sixteen bytes can claim
 10^18 pixels, and a gzip file of one megabyte can hold a thousand; both are refused for the price of reading the header,
-or of the limit. A pickle inside an .npz is a program: it is never loaded (`allow_pickle=False`, and object arrays are
-refused from their header).
+or of the limit. Where the bytes are packed, the claim is compared with the most that so many bytes can hold: deflate makes
+at most 1,032 of one (`DEFLATE`), and a picture that claims more than `PACKED` pixels a byte is not decoded.
+
+Nothing is run. A pickle inside an .npz is a program: it is never loaded (`allow_pickle=False`, and arrays of objects are
+refused from their header). A picture is opened as one of `FORMATS`, whatever its name says: Pillow would give an
+EPS file, which is a program in PostScript, to Ghostscript.
 
 The formats
     IDX     the format of MNIST (LeCun, Cortes and Burges 1998): two zero bytes, a type code, the rank, the sizes as
             big-endian 32-bit integers, then the values, last index fastest. Here: unsigned bytes only, gzip or plain.
     .npz    a zip of arrays (numpy.lib.format); images as bytes, as floats in [0, 1] or as booleans.
-    images  whatever Pillow reads as 8-bit grey or RGB, all of one size.
+    images  BMP, GIF, JPEG, PNG, PPM, TIFF and WebP, 8-bit grey or RGB, all of one size.
 
 Every failure is a `DataError`: what was given, what was expected, what to do.
 Shapes: N images, C channels (1 grey, 3 RGB), H rows, W columns.
 """
 
 import gzip
+import io
 import math
 import os
 import warnings
@@ -27,12 +32,21 @@ from pathlib import Path
 
 import numpy as np
 
-from vaelab.errors import DataError
+from vaelab.errors import DataError, one_line
 
 LIMIT = 8 << 30  # bytes of decompressed data that one file may hold
+MOST_ARRAYS = 1000  # in one .npz
+DEFLATE = 1032  # bytes that one byte of deflate or gzip can hold at most
+PACKED = 4096  # bytes of pixels that one byte of a picture is believed to hold, beyond `SMALL`
+SMALL = 16 << 20  # bytes of pixels of a picture that are decoded whatever its file's size
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+LARGEST = 256 << 20  # bytes of a picture's file
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow's names
 
 _CHUNK = 1 << 20
+_NPY_HEADER = (
+    1000  # bytes: numpy writes 118 for numbers, and reads more with a parser of Python, which nesting can crash
+)
 _GREY_MODES = frozenset({"1", "L", "LA"})
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "P", "PA", "CMYK"})
 
@@ -105,6 +119,10 @@ def parse_idx(data: bytes | bytearray, rank: int, what: str | Path) -> np.ndarra
             f"{what}: the IDX header claims {' x '.join(map(str, shape))} = {math.prod(shape):,} bytes, "
             f"{len(data) - start:,} are there; the file is damaged, copy or fetch it again"
         )
+    if math.prod(max(size, 1) for size in shape) >= 1 << 63:  # no pixels, but sizes that no array can have
+        raise DataError(
+            f"{what}: the IDX header claims {' x '.join(map(str, shape))}; the file is damaged, copy it again"
+        )
     array = np.frombuffer(data, np.uint8, offset=start).reshape(shape)
     return array if array.flags.writeable else array.copy()
 
@@ -121,9 +139,16 @@ def npz_names(path: Path) -> list[str]:
     """The names of the arrays in an .npz, without reading them. Raises DataError when it is none."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
     except Exception as error:  # zipfile raises half a dozen unrelated classes on hostile bytes
         raise _bad_npz(path, error) from error
+    if len(names) > MOST_ARRAYS:
+        raise DataError(
+            f"{path}: holds {len(names):,} arrays, at most {MOST_ARRAYS:,} are expected: np.stack the images"
+        )
+    if strange := [name for name in names if not name.isprintable() or len(name) > 100]:
+        raise DataError(f"{path}: an array is named {strange[0][:40]!a}; name it with letters, and save again")
+    return names
 
 
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -131,16 +156,23 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
     Raises:
         DataError: not an .npz, a name that is not there, an object or structured array, a header that claims another
-            size than the bytes present, more than `LIMIT` bytes, or a failed CRC.
+            size than the bytes present, more than `LIMIT` bytes in all, or a failed CRC.
     """
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
+    wanted = list(names)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            for name in names:
+            if absent := [name for name in wanted if name not in members]:
+                raise DataError(f"{path}: has no array '{absent[0]}'; expected {', '.join(wanted)}: save it again")
+            total = sum(members[name].file_size for name in wanted)
+            if total > LIMIT:
+                shown = ", ".join(f"'{name}'" for name in wanted)
+                raise DataError(f"{path}: {shown} hold {total:,} bytes, at most {LIMIT:,} are read; store bytes")
+            for name in wanted:
                 _check_member(path, name, archive, members[name])
                 with archive.open(members[name]) as stream:
-                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False, max_header_size=_NPY_HEADER)
     except DataError:
         raise
     except Exception as error:
@@ -149,21 +181,25 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _check_member(path: Path, name: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    if info.file_size > LIMIT:
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{path}: array '{name}' is packed in a way that numpy.savez_compressed does not; use that")
+    packed = min(info.compress_size, path.stat().st_size)
+    if info.file_size > packed * (DEFLATE if info.compress_type else 1) + 64:
         raise DataError(
-            f"{path}: array '{name}' holds {info.file_size:,} bytes, at most {LIMIT:,} are read; store bytes"
+            f"{path}: array '{name}' claims {info.file_size:,} bytes, which cannot be packed into {packed:,}; the file is "
+            "damaged, save it again"
         )
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = header(stream)
+        shape, _, dtype = header(stream, max_header_size=_NPY_HEADER)
         offset = stream.tell()
-    if dtype.hasobject or dtype.names:
+    if dtype.hasobject or dtype.names or dtype.subdtype or not dtype.itemsize:
         raise DataError(
-            f"{path}: array '{name}' holds Python objects or records (dtype {dtype}), which are never loaded; "
+            f"{path}: array '{name}' holds Python objects or records (dtype {str(dtype)[:60]}), which are never loaded; "
             "expected numbers: save np.stack(images).astype('uint8')"
         )
-    if math.prod(shape) * dtype.itemsize != info.file_size - offset:
+    if math.prod(shape) * dtype.itemsize != info.file_size - offset or min(shape, default=0) < 0:
         raise DataError(
             f"{path}: array '{name}' claims shape {shape} of {dtype}, {math.prod(shape) * dtype.itemsize:,} bytes, but "
             f"{info.file_size - offset:,} are there; the file is damaged, save it again"
@@ -174,7 +210,7 @@ def _bad_npz(path: Path, error: Exception) -> DataError:
     if isinstance(error, OSError):
         return DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights")
     return DataError(
-        f"{path}: not a readable .npz ({type(error).__name__}: {str(error)[:200]}); "
+        f"{path}: not a readable .npz ({type(error).__name__}: {one_line(error, 200)}); "
         "expected what numpy.savez or savez_compressed writes: save it again"
     )
 
@@ -330,8 +366,12 @@ def read_images(paths: Sequence[Path]) -> np.ndarray:
             warnings.simplefilter("ignore")  # what Pillow finds odd in metadata does not concern the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
-                with Image.open(path) as image:
-                    mode, here, frames = image.mode, image.size, getattr(image, "n_frames", 1)
+                with Image.open(_content(path), formats=FORMATS) as image:
+                    mode, here = image.mode, image.size
+                    _check_claim(path, here, len(image.getbands()))
+                    frames = getattr(image, "n_frames", 1)
+            except DataError:
+                raise
             except Exception as error:  # each format's plug-in raises its own classes
                 raise _unreadable(path, error) from error
         size = size if size != (0, 0) else here
@@ -356,16 +396,36 @@ def read_images(paths: Sequence[Path]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
+def _content(path: Path) -> io.BytesIO:
+    """A picture's bytes in memory: where a chunk claims gigabytes, a read from a file asks for them, and one from here not."""
+    if not path.is_file():  # a pipe under the name of a file would be waited for
+        raise DataError(f"{path}: not a readable image (missing, or not a file); replace or remove it")
+    if (size := path.stat().st_size) > LARGEST:
+        raise DataError(f"{path}: a picture of {size:,} bytes, at most {LARGEST:,} are read; make it smaller")
+    return io.BytesIO(path.read_bytes())
+
+
+def _check_claim(path: Path, size: tuple[int, int], bands: int) -> None:
+    claimed, there = math.prod(size) * bands, path.stat().st_size
+    if claimed > max(SMALL, PACKED * there):
+        raise DataError(
+            f"{path}: claims {size[0]} x {size[1]} pixels in {there:,} bytes, too many pixels to be opened safely; save it "
+            "again as PNG, or make it smaller"
+        )
+
+
 def _decode(path: Path, mode: str) -> np.ndarray:
     from PIL import Image
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path) as image:
+            with Image.open(_content(path), formats=FORMATS) as image:
                 alpha = image.mode in {"LA", "PA", "RGBA"} or "transparency" in image.info
                 alpha = alpha and image.convert("RGBA").getchannel("A").getextrema()[0] != 255
                 pixels = np.asarray(image.convert(mode))
+        except DataError:
+            raise
         except Exception as error:
             raise _unreadable(path, error) from error
     if alpha:
@@ -374,7 +434,10 @@ def _decode(path: Path, mode: str) -> np.ndarray:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    kind = type(error).__name__
-    if kind.startswith("DecompressionBomb"):
-        return DataError(f"{path}: too many pixels to be opened safely ({error}); make the image smaller")
-    return DataError(f"{path}: not a readable image ({kind}: {str(error)[:200]}); replace or remove it")
+    if type(error).__name__.startswith("DecompressionBomb"):
+        return DataError(
+            f"{path}: too many pixels to be opened safely ({one_line(error, 200)}); make the image smaller"
+        )
+    return DataError(
+        f"{path}: not a readable image ({type(error).__name__}: {one_line(error, 200)}); replace or remove it"
+    )

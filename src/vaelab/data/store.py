@@ -16,7 +16,8 @@ that swallows packets `OPEN_SECONDS` per host, and a source that failed once is 
 
 Installing a file: write it under a name nobody else uses, beside its final place; checksum; rename. The rename is
 atomic, so a reader sees the whole file or none, and two processes that fetch at once both end with the same good file.
-There is no lock to be left behind, and no fsync: what a power cut truncates fails its checksum and is fetched again.
+There is no lock to be left behind, and no fsync: what a power cut truncates fails its checksum and is fetched again. What
+a process that was killed leaves under a temporary name is removed by the next that fetches, a day later.
 """
 
 import gzip
@@ -24,17 +25,22 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vaelab.data.readers import read_bytes
 from vaelab.errors import DataError
+
+if TYPE_CHECKING:
+    import subprocess
 
 Progress = Callable[[str, int, int | None], None]  # label, bytes done, bytes in all (None where unknown)
 
@@ -45,6 +51,8 @@ NPM_SECONDS = 180.0
 
 _CHUNK = 1 << 20
 _SLACK = 1 << 20  # a compressed file may be this much longer than its content
+_STALE = 86400.0  # seconds after which a partial file is nobody's any more: far more than TOTAL_SECONDS
+_ARCHIVE = 64 << 20  # what an archive may hold besides eight times the wanted files
 _SWAPPED = 64 << 20  # read this far into a wrong file, so that its SHA-256 can be told
 
 
@@ -173,6 +181,10 @@ def _fetch(bundle: Bundle, missing: list[File], into: Path, progress: Progress |
     """Ask each source for what is missing. Returns what is missing still, and why each source failed."""
     try:
         into.mkdir(parents=True, exist_ok=True)
+        for partial in into.glob(".*.part"):
+            with suppress(FileNotFoundError):  # another process may do the same
+                if time.time() - partial.stat().st_mtime > _STALE:
+                    partial.unlink()
     except OSError as error:
         raise _unwritable(into, error) from error
     left, failures = list(missing), []
@@ -360,8 +372,9 @@ class NpmPackage:
         with log.open("wb") as stderr:  # a file, not a pipe: a grandchild that keeps a pipe open would hang us
             try:
                 child = subprocess.Popen(
-                    command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
-                )
+                    command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
+                    start_new_session=True,
+                )  # fmt: skip
             except OSError as error:
                 raise SourceError(f"npm cannot be run ({error.strerror or error})") from error
             try:
@@ -370,8 +383,7 @@ class NpmPackage:
                 raise SourceError(f"npm was not done after {NPM_SECONDS:g} s") from None
             finally:
                 if child.poll() is None:
-                    child.kill()
-                    child.wait()
+                    _kill(child)
         packs = list(scratch.glob("*.tgz"))
         if code or len(packs) != 1:
             said = log.read_text(errors="replace").strip().splitlines()
@@ -379,11 +391,20 @@ class NpmPackage:
         return packs[0]
 
 
+def _kill(child: "subprocess.Popen[bytes]") -> None:
+    """End a program and, where the system knows groups of processes, what it has started."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.kill()
+    child.wait()
+
+
 def _members(raw: Any, wanted: dict[str, File], folder: Path, progress: Progress | None) -> Iterator[File]:
     """Install the wanted members of a .tgz, in the order they come; each is taken off `wanted`."""
     import tarfile
 
-    limit = 4 * sum(file.size for file in wanted.values()) + (64 << 20)
+    limit = 8 * sum(file.size for file in wanted.values()) + _ARCHIVE
     try:
         with gzip.GzipFile(fileobj=raw) as unpacked:
             stream = _Metered(unpacked.read, limit, TOTAL_SECONDS, _ticker(None, "", None))
@@ -393,5 +414,5 @@ def _members(raw: Any, wanted: dict[str, File], folder: Path, progress: Progress
                     if file and member.isreg() and member.size == file.size:
                         _install(archive.extractfile(member), file, folder, _ticker(progress, file.name, file.size))
                         yield wanted.pop(member.name)
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:
         raise SourceError(f"the archive cannot be read ({error})") from error

@@ -34,7 +34,8 @@ class WithLabel(nn.Module):
         Raises:
             UsageError: a label outside 0 to classes - 1, or another number of labels than B.
         """
-        if c.numel() and (c.device.type == "cpu" or not self.training):
+        exported = torch.compiler.is_exporting()  # a graph has no values to look at
+        if c.numel() and not exported and (c.device.type == "cpu" or not self.training):
             least, most = torch.stack(c.aminmax()).tolist()
             if least < 0 or most >= self.classes:
                 raise UsageError(
