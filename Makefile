@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: lab test lint clean
+.PHONY: lab test lint bench clean
 
 lab: .venv/lab.done  ## the whole lab on MNIST: report in lab/report.html
 	$(BIN)/vaelab study removing-kl --out lab
@@ -12,6 +12,9 @@ test: .venv/dev.done  ## the tests
 
 lint: .venv/dev.done  ## the linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+bench: .venv/bench.done  ## vaelab beside reference loops and other libraries, interleaved (an hour)
+	$(BIN)/python -m benchmarks
 
 clean:  ## removes the environment, never results
 	rm -rf .venv
@@ -25,3 +28,6 @@ clean:  ## removes the environment, never results
 
 .venv/dev.done: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' && touch $@ .venv/lab.done
+
+.venv/bench.done: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]' && touch $@ .venv/lab.done

@@ -2,8 +2,9 @@
 
     removing-kl     the same two-dimensional model with the KL term (beta = 1) and without it (beta = 0)
 
-A study folder holds `study.json` (its settings), `runs/<arm>-seed<N>/` (complete run folders), and the report. Cells that
-are there already, made by the same code from the same settings, are kept: an interrupted study goes on where it was.
+A study folder holds `study.json` (its settings), `runs/<arm>-seed<N>/` (complete run folders), the report, and the arms side
+by side in one page to explore. Cells that are there already, made by the same code from the same settings, are kept: an
+interrupted study goes on where it was.
 """
 
 import math
@@ -18,6 +19,8 @@ from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
     from vaelab.data.datasets import Dataset
+    from vaelab.data.store import Progress as Fetching
+    from vaelab.meter import Progress
     from vaelab.report.build import Arm
     from vaelab.run import Run
 
@@ -30,6 +33,8 @@ IS_SAMPLES = 1000
 """Importance samples for each of them."""
 LATENT_IMAGES = 2000
 """Test images whose posteriors make a study's aggregate posterior."""
+PAGE = "explorer.html"
+"""The page of `write_explorer`."""
 MIN_STEPS = 2500
 """Small data sets get enough epochs for this many steps, unless the epochs are given."""
 
@@ -39,11 +44,13 @@ class Study:
     """A named comparison.
 
     Attributes:
+        title: of its report and page.
         summary: a sentence for the table of studies.
         recipe: whose fields the command line offers.
         arms: key -> (label, description, fields of the recipe that set the arm apart).
     """
 
+    title: str
     summary: str
     recipe: str
     arms: Mapping[str, tuple[str, str, Mapping[str, Any]]]
@@ -51,6 +58,7 @@ class Study:
 
 STUDIES: dict[str, Study] = {
     "removing-kl": Study(
+        "Removing the KL term",
         "a two-dimensional VAE with the KL term and without it: latent space, samples, exact likelihood",
         "mnist-2d",
         {
@@ -167,7 +175,7 @@ def run_study(
             0 if classifier is None else classifier.classes,
         )  # fmt: skip
         return build.write(
-            folder, "Removing the KL term",
+            folder, chosen.title,
             "The same autoencoder, trained with the KL term of the ELBO and without it: what happens to the codes, to the "
             "samples of the prior, and to the likelihood.",
             list(arms.values()), cells, drawn, found,
@@ -175,6 +183,60 @@ def run_study(
              "data_fingerprint": data.fingerprint},
             values,
         )  # fmt: skip
+
+
+def write_explorer(
+    name: str,
+    folder: Path,
+    data: "Dataset",
+    seed: int = 0,
+    *,
+    data_dir: Path | None = None,
+    fetching: "Fetching | None" = None,
+    stage: Stage = lambda label: nullcontext(lambda done, text: None),
+) -> str:
+    """Write `PAGE`, the arms of a study side by side, beside its report; a page that cannot be made is no failure.
+
+    Args:
+        name: of the study.
+        folder: of the study, after `run_study`.
+        data: the images.
+        seed: of the runs that are shown.
+        data_dir: where the page's runtime is looked for first.
+        fetching: shows the progress of fetching it, see `vaelab.data.store`.
+        stage: shows progress.
+
+    Returns:
+        Nothing, or why there is no page and what to do.
+    """
+    from vaelab.errors import VaelabError
+    from vaelab.run import Run
+
+    (folder / PAGE).unlink(missing_ok=True)  # of earlier runs
+    with stage("explorer") as update:
+        try:
+            from vaelab.explore import bundle, pack, runtime
+            from vaelab.explore.graph import require
+
+            require()
+            running = runtime.load(data_dir, fetching)
+            chosen = study(name)
+            exhibits = [
+                bundle.Exhibit(label, Run.open(folder / "runs" / f"{arm}-seed{seed}"))
+                for arm, (label, _, _) in chosen.arms.items()
+            ]
+            made = bundle.build(
+                exhibits,
+                data,
+                title=f"{chosen.title}, {data.name}",
+                on_progress=lambda done, text: update(0.9 * done, text),
+            )
+            pack.write_single(folder / PAGE, made, running)
+        except VaelabError as error:
+            update(1.0, "left out")
+            return f"no {PAGE}: {error}"
+        update(1.0, "")
+    return ""
 
 
 def _go_on(stop: Callable[[], str | None]) -> None:
@@ -200,7 +262,7 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
                 f"'{folder}' holds a study with other settings or of another version of the code: choose another --out, "
                 "or --overwrite to replace it"
             )
-        for part in ("study.json", "report.json", "report.html"):
+        for part in ("study.json", "report.json", "report.html", PAGE):
             (folder / part).unlink(missing_ok=True)
         for part in ("images", "runs"):
             shutil.rmtree(folder / part, ignore_errors=True)
@@ -215,26 +277,30 @@ def _trained(
     """The trained run of one cell: the one that is there, or a new one."""
     import shutil
 
+    from vaelab.meter import text_of
     from vaelab.run import Run
-    from vaelab.training import Progress, text_of, train
+    from vaelab.training import resume, train
 
     path = folder / "runs" / f"{arm.key}-seed{wanted.seed}"
     label = f"train {arm.label}, seed {wanted.seed}"
+    begun: Run | None = None
     if path.is_dir():
         try:
-            finished = Run.open(path).finished
+            begun = Run.open(path)
+            if begun.finished:
+                with stage(label) as update:
+                    update(1.0, "kept from before")
+                return begun
         except RunError:  # killed while it was being written
-            finished = False
-        if finished:
-            with stage(label) as update:
-                update(1.0, "kept from before")
-            return Run(path)
-        shutil.rmtree(path)
+            shutil.rmtree(path)
     with stage(label) as update:
 
-        def show(p: Progress) -> None:
+        def show(p: "Progress") -> None:
             update(p.step / p.steps, p.text())
 
-        run = train(wanted, data, path, device=device, on_progress=show, stop=stop)
+        if begun is None:
+            run = train(wanted, data, path, device=device, on_progress=show, stop=stop)
+        else:
+            run = resume(begun, data, on_progress=show, stop=stop)
         update(1.0, f"{text_of(run.history()[-1]['test'])} (test)")
     return run

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vaelab import studies
 from vaelab.cli import run as run_command
 
 TINY = ("--data", "digits", "--epochs", "1", "--hidden", "16")
@@ -28,6 +29,7 @@ def cache(tmp_path_factory):
         patch.setenv("VAELAB_CACHE", str(path))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("COLUMNS", raising=False)
+        patch.setattr(studies, "write_explorer", lambda *where, **how: "explorer left out")  # see tests/explore
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # networks this small are several times slower on two threads
         yield path

@@ -8,7 +8,7 @@ import pytest
 
 COMMANDS = [
     (), ("study",), ("study", "removing-kl"), ("train",), ("train", "mnist"), ("train", "mnist-2d"), ("evaluate",),
-    ("sample",), ("report",), ("recipes",), ("studies",), ("data",),
+    ("sample",), ("report",), ("explore",), ("export",), ("recipes",), ("studies",), ("data",),
 ]  # fmt: skip
 
 
@@ -57,4 +57,4 @@ def test_the_installed_program_answers(installed):
     assert "vaelab study removing-kl" in installed("--help").ok().out
     assert installed("--version").ok().out.strip() == vaelab.__version__
     failed = installed("train", "mnits")
-    assert (failed.code, failed.out) == (2, "") and "Did you mean" in failed.err
+    assert (failed.code, failed.out) == (2, "") and "did you mean 'mnist'?" in failed.err

@@ -11,7 +11,7 @@ from vaelab.errors import VaelabError
 
 COMMANDS = {
     "study": ("vaelab.cli.study:app", "Run a study and write its report.", "study removing-kl --seeds 3"),
-    "train": ("vaelab.cli.train:app", "Train a recipe into a run folder.", "train mnist --latent-dim 10"),
+    "train": ("vaelab.cli.train:app", "Train a recipe into a run folder, or go on with a training.", "train mnist --latent-dim 10"),
     "evaluate": ("vaelab.cli.evaluate:evaluate", "Measure runs on their test images.", "evaluate runs/mnist-1 -k 5000"),
     "compare": ("vaelab.cli.compare:compare", "Pair runs image by image.", "compare runs/mnist-1 runs/mnist-2"),
     "sample": ("vaelab.cli.sample:sample", "Draw images from a model.", "sample runs/mnist-1 -n 64 --out samples.png"),
@@ -21,6 +21,12 @@ COMMANDS = {
         "fit-prior runs/mnist-1 --kind mixture",
     ),
     "report": ("vaelab.cli.report:report", "Figures and a page for one run.", "report runs/mnist-1"),
+    "explore": (
+        "vaelab.cli.explore:explore",
+        "One page to explore a run, or two side by side.",
+        "explore runs/mnist-1 runs/mnist-2",
+    ),
+    "export": ("vaelab.cli.export:export", "A model's parts as ONNX files.", "export runs/mnist-1 --to onnx"),
     "recipes": ("vaelab.cli.tables:recipes", "The recipes of `train`.", "recipes --json"),
     "studies": ("vaelab.cli.tables:studies", "The studies of `study`.", "studies"),
     "data": ("vaelab.cli.tables:data", "The data sets, and where each was found.", "data"),

@@ -33,7 +33,7 @@ def _body(name: str) -> Any:
         recipe(study(name).recipe, **{k: v for k, v in given.items() if k != "data"})  # out-of-range values end here
         from vaelab.cli.common import absolute, check_device, load_data
         from vaelab.report.page import text_table
-        from vaelab.studies import recipes_of, run_study
+        from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
 
         check_device(device)
         stages = console.Stages(output)
@@ -44,12 +44,14 @@ def _body(name: str) -> Any:
             report = run_study(
                 name, out, data, recipes, overwrite=overwrite, device=device, stage=stages, stop=stop
             )  # fmt: skip
+        absent = write_explorer(name, out, data, seed, data_dir=data_dir, fetching=stages.fetch(), stage=stages)
 
         def show() -> None:
             console.table(text_table(report))
             for observation in report["observations"]:
                 console.text(f"- {observation['text']}")
             console.text(f"\nreport: {out / 'report.html'}   ({time.perf_counter() - start:.0f} s)")
+            console.text(absent or f"explorer: {out / PAGE}")
 
         console.result(report, output, show)
 

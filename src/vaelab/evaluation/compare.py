@@ -18,11 +18,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from vaelab.errors import RunError, UsageError
+from vaelab import strict_json
+from vaelab.data import readers
+from vaelab.errors import DataError, RunError, UsageError
 from vaelab.evaluation.quantity import Evaluation, Quantity
 from vaelab.run import Run, code_hash, replacing, write_json
 
@@ -175,13 +176,16 @@ def load(run: Run) -> PerImage | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            described = json.loads(str(stored["described"]))
-            arrays = {key: stored[key] for key in stored.files if key != "described"}
-            kept, weights = PerImage(described["protocol"], arrays), described["weights"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        arrays = readers.read_npz(path, readers.npz_names(path))
+    except DataError as error:
         raise RunError(f"'{path}' is damaged: {error}; run vaelab evaluate again") from None
-    return kept if weights == _hash_of(run) else None
+    text = str(arrays.pop("described", "")).encode("utf-8", "surrogatepass")
+    described = strict_json.parse(text, path)
+    numbers = all(values.ndim == 1 and values.dtype.kind in "fiu" for values in arrays.values())
+    pairs = arrays.get("log_px_is", np.empty(0)).shape == arrays.get("is_images", np.empty(0)).shape
+    if not (numbers and pairs and isinstance(described, dict) and isinstance(described.get("protocol"), dict)):
+        raise RunError(f"'{path}' is damaged: it is not what vaelab evaluate writes; run vaelab evaluate again")
+    return PerImage(described["protocol"], arrays) if described.get("weights") == _hash_of(run) else None
 
 
 def _hash_of(run: Run) -> str:

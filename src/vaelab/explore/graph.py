@@ -1,0 +1,212 @@
+"""One torch module as an ONNX graph, and the proof that both compute the same.
+
+A translation can be wrong without an error, so a graph is executed by onnxruntime on batches of 1, 2 and 7, and every output
+must fulfil |onnx - torch| <= 1e-4 + 1e-5 |torch|, both in float32, or there is no graph. Batches of three sizes, because a
+batch axis that was fixed by accident shows in no other way.
+
+The translation is torch's own (`torch.onnx.export` with torch.export underneath), but for two operators that it writes in a
+way that cancels or overflows; see `_translations`.
+"""
+
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vaelab.errors import UsageError
+
+BATCHES = (1, 2, 7)
+"""Batch sizes at which a graph is compared with torch."""
+ATOL, RTOL = 1e-4, 1e-5
+"""|onnx - torch| <= ATOL + RTOL |torch|, in float32."""
+OPSET = 20
+"""Version of ONNX's operators: the oldest that has all that is used."""
+INSTALL = "pip install 'vaelab[explore]'"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX model that agrees with torch.
+
+    Attributes:
+        content: the bytes of an .onnx file.
+        inputs: their names.
+        outputs: their names.
+        error: the largest |onnx - torch| that was found.
+    """
+
+    content: bytes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    error: float
+
+
+class NoGraph(UsageError):
+    """A part of a model, `encoder` or `decoder`, that ONNX cannot carry.
+
+    Attributes:
+        reason: which part, and why; the message also says what is still possible.
+    """
+
+    def __init__(self, part: str, reason: str) -> None:
+        self.reason = f"the {part} cannot be exported to ONNX: {reason}"
+        other = "decoder" if part == "encoder" else "encoder"
+        super().__init__(f"{self.reason}; the {other} may be: vaelab export RUN --part {other}")
+
+
+def require() -> None:
+    """Raises UsageError, with the command to install them, where the packages for ONNX are missing."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"ONNX export needs the package {name} ({error}): {INSTALL}") from None
+
+
+def translate(
+    module: nn.Module,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    given: Callable[[int], tuple[Tensor, ...]],
+    facts: Mapping[str, str],
+) -> Graph:
+    """The graph of a module, after it has agreed with it.
+
+    Args:
+        module: in evaluation mode, on the CPU; takes tensors (N, …) and returns a tuple of tensors (N, …).
+        inputs: names of what it takes.
+        outputs: names of what it returns.
+        given: makes what it takes for a batch of N.
+        facts: the file's metadata; `part` is the graph's name, too.
+
+    Raises:
+        NoGraph: something in it has no translation, or the graph disagrees.
+    """
+    part, batch = facts["part"], torch.export.Dim("N")
+    try:
+        with _quietly():
+            program = torch.onnx.export(
+                module, given(3), dynamo=True, opset_version=OPSET, verbose=False, external_data=False,
+                input_names=list(inputs), output_names=list(outputs), dynamic_shapes=tuple({0: batch} for _ in inputs),
+                custom_translation_table=_translations(),
+            )  # fmt: skip
+    except Exception as error:  # the exporter wraps whatever a network of the user's own runs into
+        raise NoGraph(part, f"a network in it has no translation ({_first_line(error)})") from None
+    proto = program.model_proto  # type: ignore[union-attr]
+    _describe(proto, facts)
+    content = proto.SerializeToString(deterministic=True)
+    worst = max(_difference(module, content, inputs, outputs, given(n), part) for n in BATCHES)
+    return Graph(content, tuple(inputs), tuple(outputs), worst)
+
+
+def run_graph(content: bytes, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What onnxruntime makes of named inputs, on one thread: the outputs by name."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))  # type: ignore[arg-type]
+
+
+# --- how ---
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The exporter warns, logs and prints what is for its authors; what goes wrong it raises, too."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Two operators that the exporter writes in a way that cancels or overflows in float32.
+
+    As log(sigmoid(a)) the mass of a grey level far from its logistic is zero, its log -inf; as exp(a) - 1 the mass that a very
+    wide logistic gives to one level is lost: 0.03 to 0.42 nats in 64 pixels, half of them with log scales raised by 9.
+    """
+    from onnxscript import opset20
+
+    op: Any = opset20  # its annotations are for scripts, not for calls
+
+    def log_sigmoid(a: Any) -> Any:
+        return op.Neg(op.Softplus(op.Neg(a)))
+
+    def expm1(a: Any) -> Any:
+        return op.Mul(op.Tanh(op.Mul(a, op.Constant(value_float=0.5))), op.Add(op.Exp(a), op.Constant(value_float=1.0)))
+
+    return {torch.ops.aten.log_sigmoid.default: log_sigmoid, torch.ops.aten.expm1.default: expm1}
+
+
+def _describe(proto: Any, facts: Mapping[str, str]) -> None:
+    """Put facts into a file, and take out what the exporter tells of the machine: the stack at each node, with paths."""
+    proto.ClearField("metadata_props")
+    for key in sorted(facts):
+        proto.metadata_props.add(key=key, value=facts[key])
+    graph = proto.graph
+    nodes = [node for function in proto.functions for node in function.node]
+    for item in (
+        *proto.functions,
+        *nodes,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    graph.ClearField("value_info")
+    graph.name = facts["part"]
+
+
+def _difference(
+    module: nn.Module,
+    content: bytes,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    given: tuple[Tensor, ...],
+    part: str,
+) -> float:
+    """The largest |onnx - torch| over all outputs. Raises NoGraph where it is too large."""
+    try:
+        found = run_graph(content, dict(zip(inputs, (t.numpy() for t in given), strict=True)))
+    except Exception as error:  # onnxruntime's have no common class but this
+        raise NoGraph(part, f"onnxruntime does not execute it ({_first_line(error)})") from None
+    worst = 0.0
+    for name, expected in zip(outputs, module(*given), strict=True):
+        here = f"its {name} in a batch of {len(given[0])}"
+        if found[name].shape != expected.shape:
+            raise NoGraph(part, f"{here} has the shape {found[name].shape} and torch's has {tuple(expected.shape)}")
+        off = np.abs(found[name] - expected.numpy())
+        if not (off <= ATOL + RTOL * expected.abs().numpy()).all():  # so written, a NaN fails
+            raise NoGraph(
+                part, f"{here} differs from torch's by {off.max():.2g}, more than {ATOL:g} + {RTOL:g} |torch|"
+            )
+        worst = max(worst, float(off.max()))
+    return worst
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,195 @@
+"""The page as a whole: both packings, both sizes, what models cannot show, and what a broken bundle says."""
+
+import re
+
+import pytest
+
+from vaelab.explore import bundle, pack
+
+PAIR = ("with KL", "without KL")
+
+
+def failed(view) -> str:
+    """The one sentence of a page that could not be shown."""
+    view.until("document.documentElement.dataset.state === 'failed'")
+    assert not view.page.locator("main").is_visible()
+    text = view.page.locator("#failure").inner_text()
+    assert view.page.locator("body").inner_text().strip() == text
+    return text
+
+
+def test_there_is_something_to_see_before_the_first_gesture(visit, page_of) -> None:
+    view = visit(page_of("with KL"), state="")
+    state = view.ask("state()")
+    assert state["input"] == {"index": 0}
+    assert state["a"] and state["b"] and len(view.ask("frames()")) == 2
+    assert visit(view.page.url).ask("state()") == state
+
+
+def test_a_page_from_the_disk_asks_for_nothing(visit, page_of) -> None:
+    view = visit(page_of(*PAIR))
+    assert [url for url in view.requests if not url.startswith(("data:", "blob:"))] == [page_of(*PAIR).as_uri()]
+
+
+def test_the_folder_shows_the_same_over_http(visit, page_of, bundle_of, parts, served) -> None:
+    folder, address = served
+    for name, content in pack.folder(bundle_of(*PAIR), parts).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    state = "z=0.5,-0.8&x=3&a=1,1&b=0,-1"
+    hosted, single = visit(f"{address}/index.html", state=state), visit(page_of(*PAIR), state=state)
+    assert (hosted.decoded(1) == single.decoded(1)).all()
+    assert hosted.ask("state()") == single.ask("state()")
+    assert hosted.page.locator("#foot").inner_text() == single.page.locator("#foot").inner_text()
+
+
+@pytest.mark.parametrize("share", [0.0002, 0.3, 0.97])
+def test_a_page_that_was_cut_off_says_so(visit, page_of, tmp_path, share) -> None:
+    whole = page_of("with KL").read_bytes()
+    head = whole.index(b'<script type="application/json"')
+    cut = tmp_path / "cut.html"
+    cut.write_bytes(whole[: head + int(share * (len(whole) - head))])
+    assert "incomplete" in failed(visit(cut, ready=False))
+
+
+def changed(tmp_path, made: bundle.Bundle, parts, manifest=None, **pieces):
+    path = tmp_path / "changed.html"
+    return pack.write_single(path, bundle.Bundle(made.manifest | (manifest or {}), made.pieces | pieces), parts)
+
+
+def test_a_newer_bundle_says_so(visit, bundle_of, parts, tmp_path) -> None:
+    path = changed(tmp_path, bundle_of("with KL"), parts, {"format": 2})
+    text = failed(visit(path, ready=False))
+    assert "format 2" in text and "newer" in text
+
+
+def test_a_piece_of_another_length_says_so(visit, page_of, tmp_path) -> None:
+    text = page_of("with KL").read_text()
+    length = re.search(r'"a/decoder.onnx": {"bytes": (\d+)', text)
+    assert length is not None
+    path = tmp_path / "short.html"
+    path.write_text(text.replace(length[0], length[0].replace(length[1], str(int(length[1]) + 1))))
+    said = failed(visit(path, ready=False))
+    assert "a/decoder.onnx" in said and length[1] in said
+
+
+def test_a_piece_that_does_not_unpack_says_so(visit, page_of, tmp_path) -> None:
+    text = page_of("with KL").read_text()
+    start = text.index('id="piece:a/mean.f32"')
+    end = text.index("</script>", start)
+    path = tmp_path / "torn.html"
+    path.write_text(text[: (start + end) // 2 // 4 * 4] + text[end:])
+    view = visit(path, ready=False)
+    said = failed(view)
+    assert "a/mean.f32" in said and "damaged" in said
+    view.errors.clear()  # the browser logs what cannot be unpacked
+
+
+def test_a_graph_that_is_none_says_so(visit, bundle_of, parts, tmp_path) -> None:
+    path = changed(tmp_path, bundle_of("with KL"), parts, **{"a/decoder.onnx": b"no graph" * 100})
+    view = visit(path, ready=False)
+    assert "decoder of with KL" in failed(view)
+    view.errors.clear()  # onnxruntime logs what it thinks of the bytes
+
+
+def test_a_folder_without_a_piece_says_so(visit, bundle_of, parts, served) -> None:
+    folder, address = served
+    for name, content in pack.folder(bundle_of("with KL"), parts).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "a" / "decoder.onnx").unlink()
+    view = visit(f"{address}/index.html", ready=False)
+    assert "a/decoder.onnx" in failed(view)
+    view.errors.clear()  # the browser logs the 404
+
+
+def test_a_flows_page_says_why_it_cannot_encode_and_shows_the_rest(visit, page_of, torch_of) -> None:
+    view = visit(page_of("flow"), state="x=2")
+    assert "flow" in view.page.locator(".posterior .missing").inner_text()
+    z = view.hover([0.3, 0.3])
+    assert abs(view.decoded() - torch_of("flow").mean(z)).max() < 1e-4
+    assert view.page.locator(".neighbours button").count() == 6
+
+
+def test_a_model_without_a_decoder_says_why(visit, bundle_of, parts, tmp_path) -> None:
+    made = bundle_of("with KL")
+    run = made.manifest["runs"][0] | {"decoder": None, "decoder_missing": "the reason why"}
+    path = changed(tmp_path, made, parts, {"runs": [run]})
+    view = visit(path, state="x=2")
+    assert view.page.locator(".decoding .missing").inner_text() == "the reason why"
+    view.hover([0.3, 0.3])
+    assert view.ask("posteriors()")[0]["mean"]
+    assert "rate" in view.page.locator(".posterior .number").inner_text()
+
+
+def test_the_numbers_and_how_they_were_measured_are_on_the_page(visit, bundle_of, parts, tmp_path) -> None:
+    made = bundle_of("with KL")
+    metrics = [
+        {"key": "nll", "label": "exact -log p(x)", "unit": "nats", "help": "", "value": "12.34", "se": "0.05", "n": 360,
+         "reason": ""},
+        {"key": "nll_is", "label": "importance-sampled", "unit": "nats", "help": "", "value": "", "se": "", "n": 0,
+         "reason": "not asked for"},
+    ]  # fmt: skip
+    run = made.manifest["runs"][0] | {"metrics": metrics, "protocol_text": "Measured with K = 5."}
+    view = visit(changed(tmp_path, made, parts, {"runs": [run]}))
+    assert "12.34 ± 0.05" in view.page.locator("#facts").inner_text()
+    fingerprint = view.page.evaluate("window.__vaelab.manifest.fingerprint")
+    foot = view.page.locator("#foot").inner_text()
+    assert fingerprint in foot and "protocol dynamic" in foot
+    view.page.locator("#numbers-open").click()
+    text = view.page.locator("#numbers").inner_text()
+    assert "n/a: not asked for" in text and "Measured with K = 5." in text and "360 images" in text
+
+
+def test_a_run_that_was_not_evaluated_says_how_to(visit, page_of) -> None:
+    assert "vaelab evaluate" in visit(page_of("with KL")).page.locator("#facts").inner_text()
+
+
+def test_names_in_a_manifest_are_text(visit, bundle_of, parts, tmp_path) -> None:
+    made = bundle_of("with KL")
+    evil = "</script><img src=x onerror=alert(1)>"
+    run = made.manifest["runs"][0] | {"label": evil}
+    view = visit(changed(tmp_path, made, parts, {"title": evil, "runs": [run]}))
+    assert view.page.locator("#title").inner_text() == evil
+    assert view.page.locator("img").count() == 0
+
+
+OVERFLOWING = """() => {
+  const width = document.documentElement.clientWidth;
+  return Array.from(document.querySelectorAll("body *")).filter((e) => {
+    const box = e.getBoundingClientRect();
+    return e.checkVisibility() && box.width && (box.right > width + 0.5 || box.left < -0.5);
+  }).map((e) => e.id || e.className || e.tagName);
+}"""
+CUT = """() => Array.from(document.querySelectorAll("section:not(#traverse)")).filter((e) =>
+  e.scrollHeight > e.clientHeight + 1).map((e) => e.id)"""
+CLIPPED = """() => Array.from(document.querySelectorAll("button, h1, h2, h3, label, figcaption, #facts p")).filter((e) =>
+  e.checkVisibility() && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline").map((e) => e.outerHTML)"""
+
+
+@pytest.mark.parametrize("names", [PAIR, ("six",), ("grey line",), ("label",), ("flow",)], ids="-".join)
+@pytest.mark.parametrize("size", [(1280, 720), (360, 740)], ids=["wide", "narrow"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_its_window(visit, page_of, artefacts, names, size, scheme) -> None:
+    view = visit(page_of(*names), size=size, scheme=scheme, state="")
+    path = artefacts / f"{'-'.join(names).replace(' ', '-')}-{size[0]}-{scheme}.png"
+    view.page.screenshot(path=path, full_page=size[0] < 1000)
+    assert view.page.evaluate(OVERFLOWING) == []
+    assert view.page.evaluate(CLIPPED) == []
+    root = "document.scrollingElement"
+    assert view.page.evaluate(f"{root}.scrollWidth <= {root}.clientWidth")
+    if size[0] > 1000:
+        assert view.page.evaluate(f"{root}.scrollHeight <= {root}.clientHeight")
+        assert view.page.evaluate(CUT) == []
+    dark = view.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+    assert dark == (scheme == "dark")
+
+
+def test_the_theme_can_be_switched(visit, page_of) -> None:
+    view = visit(page_of("with KL"))
+    colour = "getComputedStyle(document.body).backgroundColor"
+    assert view.page.evaluate(colour) == "rgb(255, 255, 255)"
+    view.page.locator("#theme").click()
+    assert view.page.evaluate(colour) == "rgb(20, 23, 28)"
+    view.settle()
+    assert visit(view.page.url).page.evaluate(colour) == "rgb(20, 23, 28)"
