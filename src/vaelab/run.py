@@ -17,7 +17,6 @@ last line that was cut off is left out when it is read. Formats:
 """
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -137,14 +136,14 @@ class Run:
     def append(self, record: dict[str, Any]) -> None:
         """Add one record to metrics.jsonl, and see it on the disk."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(strict_json.text_of(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def rewrite_history(self, history: list[dict[str, Any]]) -> None:
         """Leave these records alone in metrics.jsonl."""
         with replacing(self.path / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in history), encoding="utf-8")
+            temporary.write_text("".join(strict_json.text_of(r) + "\n" for r in history), encoding="utf-8")
 
     def history(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl. Raises RunError for a line that is not JSON."""
@@ -152,8 +151,12 @@ class Run:
         return strict_json.read_lines(path) if path.is_file() else []
 
     def environment(self) -> dict[str, Any]:
+        """What env.json says; nothing where it is missing. Raises RunError where it is damaged."""
         path = self.path / "env.json"
-        return read_json(path) if path.is_file() else {}
+        found = read_json(path) if path.is_file() else {}
+        if not isinstance(found, dict) or not isinstance(found.get("device", ""), str):
+            raise RunError(f"'{path}' is damaged: it is not what vaelab writes; restore it from a copy, or remove it")
+        return found
 
 
 def claim_folder(path: Path) -> None:

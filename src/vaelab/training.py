@@ -96,9 +96,6 @@ def fit(
 
     history: list[Record] = []
     seconds, step, skipped, meter = 0.0, 0, 0, Meter(device)
-    if start is not None:
-        history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
-        _restore(start, model, optimiser, meter)
 
     def now() -> float:
         return seconds + time.perf_counter() - began
@@ -107,8 +104,11 @@ def fit(
         return Snapshot(step, now(), list(history), meter.state(), skipped, optimiser.state(), untrained(model),
                         torch.get_rng_state())  # fmt: skip
 
-    with _own_generator(seed, device, start):
+    with _own_generator(seed, device):
         try:
+            if start is not None:
+                history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
+                _restore(start, model, optimiser, meter)
             kept = began = time.perf_counter()
             while len(history) < training.epochs:
                 epoch = len(history) + 1
@@ -198,22 +198,25 @@ def _buffers(model: nn.Module, training: Training) -> list[Tensor]:
 
 
 def _restore(start: Snapshot, model: nn.Module, optimiser: Optimiser, meter: Meter) -> None:
+    """Raises RunError where the snapshot is of another training."""
     optimiser.load(start.optimiser)
     own = untrained(model)
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in start.model.items()}:
         raise RunError("this checkpoint is of another model: train again, without --resume")
     for name, tensor in own.items():
         tensor.copy_(start.model[name])
-    meter.load(start.meter)
+    try:
+        meter.load(start.meter)
+        torch.set_rng_state(start.generator)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise RunError("this checkpoint is not one of this version: train again, without --resume") from None
 
 
 @contextmanager
-def _own_generator(seed: int, device: torch.device, start: Snapshot | None) -> Iterator[None]:
+def _own_generator(seed: int, device: torch.device) -> Iterator[None]:
     """torch's global generator for whoever draws from it (dropout in a user's network), and as it was afterwards."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(stream_seed(seed, "global"))
-        if start is not None:
-            torch.set_rng_state(start.generator)
         yield
 
 

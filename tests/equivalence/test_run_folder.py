@@ -207,3 +207,10 @@ def test_a_newer_format_is_refused(tmp_path, version):
     config.write_text(json.dumps({**json.loads(config.read_text()), "format": version}))
     with pytest.raises(RunError, match=rf"has format .* reads 1 to {FORMAT}: install a newer vaelab"):
         Run.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"device": 3}', "{"])
+def test_a_damaged_environment_is_an_error_that_names_it(run, text):
+    (run.path / "env.json").write_text(text)
+    with pytest.raises(RunError, match=r"env\.json' is damaged"):
+        run.environment()

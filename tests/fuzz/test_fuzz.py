@@ -29,7 +29,7 @@ def test_no_parser_is_surprised():
     lines = re.findall(r"^(\S+) +(\S+) inputs +(\S+) read +(\S+) refused +0 findings", done.stdout, re.M)
     assert [name for name, *_ in lines] == list(TARGETS)
     for name, inputs, read, refused in lines:  # both happen, or the mutations are too weak or too strong
-        assert int(inputs) == INPUTS == int(read) + int(refused) and int(read) > 3 and int(refused) > INPUTS / 8, name
+        assert int(inputs) == INPUTS == int(read) + int(refused) and int(read) > 0 and int(refused) > INPUTS / 8, name
 
 
 @pytest.mark.parametrize("name", TARGETS)

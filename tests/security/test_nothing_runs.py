@@ -222,7 +222,7 @@ MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "job
 IMPORTERS = {
     "registry.py",
     "flows.py",
-    "export.py",
+    "graph.py",
     "__init__.py",
 }  # after trust; zuko, onnx and our own by their names
 

@@ -226,6 +226,16 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, digits, small, tm
         resume(interrupted, digits)
 
 
+@pytest.mark.parametrize("harm", [{"meter": {}}, {"meter": {"sums": [1]}}, {"generator": torch.zeros(3)}])
+def test_a_checkpoint_that_was_made_up_is_refused(interrupted, digits, harm):
+    checkpoints = Checkpoints(interrupted.path / "checkpoint")
+    snapshot, _ = checkpoints.load()
+    assert snapshot is not None
+    checkpoints.save(replace(snapshot, step=9, **harm))
+    with pytest.raises(RunError, match="not one of this version"):
+        resume(interrupted, digits)
+
+
 def test_a_finished_run_is_left_as_it_is(digits, small, whole):
     run, told = whole(small()), []
     before = {p.name: p.stat().st_mtime_ns for p in run.path.iterdir() if p.suffix != ".lock"}

@@ -11,7 +11,11 @@ from vaelab.errors import VaelabError
 
 COMMANDS = {
     "study": ("vaelab.cli.study:app", "Run a study and write its report.", "study removing-kl --seeds 3"),
-    "train": ("vaelab.cli.train:app", "Train a recipe into a run folder, or go on with a training.", "train mnist --latent-dim 10"),
+    "train": (
+        "vaelab.cli.train:app",
+        "Train a recipe into a run folder, or go on with a training.",
+        "train mnist --latent-dim 10",
+    ),
     "evaluate": ("vaelab.cli.evaluate:evaluate", "Measure runs on their test images.", "evaluate runs/mnist-1 -k 5000"),
     "compare": ("vaelab.cli.compare:compare", "Pair runs image by image.", "compare runs/mnist-1 runs/mnist-2"),
     "sample": ("vaelab.cli.sample:sample", "Draw images from a model.", "sample runs/mnist-1 -n 64 --out samples.png"),
