@@ -8,7 +8,7 @@ lab: .venv/lab.done  ## the whole lab on MNIST: report in lab/report.html
 	$(BIN)/vaelab study removing-kl --out lab
 
 test: .venv/dev.done  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/dev.done  ## the linters
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -12,7 +12,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2 if ALONE else 1)))
+
+TESTS = Path(__file__).parent
+TOGETHER = ("cli", "explore")
+"""Folders whose session fixtures train models: each is run by one process."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        part = item.path.relative_to(TESTS).parts[0]
+        if part in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(part))
 
 
 @pytest.fixture(scope="session")
