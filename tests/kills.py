@@ -41,8 +41,6 @@ def begin_or_resume(path: Path, wanted: Recipe) -> None:
     if (path / "config.json").is_file():
         resume(Run.open(path), data, keep_every=0.0)
     else:  # killed before the folder was a run
-        for left in path.glob("*") if path.is_dir() else ():
-            left.unlink()
         train(wanted, data, path, keep_every=0.0)
 
 
@@ -58,8 +56,9 @@ def killed(path: Path, wanted: Recipe, seconds: float) -> bool:
         os._exit(0)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return _ended(child, 0)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return _ended(child, status)
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     return _ended(child, os.waitpid(child, 0)[1])
@@ -95,9 +94,12 @@ def main() -> int:
             begin = time.monotonic()
             undisturbed = train(wanted, load("digits"), Path(folder) / f"undisturbed-{runs}", keep_every=0.0)
             whole = time.monotonic() - begin
+            before: set[Path] = set()
             while killed(path, wanted, moments.uniform(0, 0.6 * whole)):
                 kills += 1
-                writing += any(path.rglob(".*.tmp"))
+                left = set(path.rglob(".*.tmp"))
+                writing += bool(left - before)
+                before = left
             wrong = differ(undisturbed, Run.open(path)) or (path / "checkpoint").exists()
             different += wrong
             runs += 1

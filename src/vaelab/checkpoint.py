@@ -15,7 +15,7 @@ the newest is damaged, the one before it serves. Both are removed when the train
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vaelab import strict_json, weights
 from vaelab.errors import RunError
-from vaelab.run import replacing
+from vaelab.run import flush_folder, replacing
 
 KEPT = 2
 _DIGITS = 16
@@ -43,7 +43,8 @@ class Snapshot:
         skipped: steps that were left out since they were not finite.
         optimiser: see `Optimiser.state`.
         model: buffers, and parameters that are not trained, by name.
-        generator: torch's global one.
+        generators: the states of torch's global ones, by device.
+        of: digests of the recipe and of the data, by which a changed one is noticed.
     """
 
     step: int
@@ -53,7 +54,8 @@ class Snapshot:
     skipped: int
     optimiser: dict[str, Tensor]
     model: dict[str, Tensor]
-    generator: Tensor
+    generators: dict[str, Tensor]
+    of: dict[str, str] = field(default_factory=dict)
 
 
 def untrained(model: nn.Module) -> dict[str, Tensor]:
@@ -69,15 +71,21 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write one, then remove all but the last two. Raises OSError where it cannot be written."""
+        """Write one, then remove all but the last two. Raises OSError where it cannot be written.
+
+        Those of later steps go as well: they were damaged, or the training would have gone on from them.
+        """
         data = _to_bytes(snapshot)
         digest = hashlib.sha256(data).hexdigest()[:_DIGITS]
-        self.folder.mkdir(exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir()
+            flush_folder(self.folder.parent)
         path = self.folder / f"{snapshot.step:09d}-{digest}.safetensors"
         with replacing(path) as temporary:
             temporary.write_bytes(data)
-        for old in self._paths()[KEPT:]:
-            old.unlink(missing_ok=True)
+        paths = self._paths()
+        for other in (*paths[: paths.index(path)], *paths[paths.index(path) + KEPT :]):
+            other.unlink(missing_ok=True)
 
     def load(self) -> tuple[Snapshot | None, list[str]]:
         """The newest one that is whole, if any; and of each newer one a sentence that says why it is not used."""
@@ -103,10 +111,11 @@ class Checkpoints:
 
 
 def _to_bytes(snapshot: Snapshot) -> bytes:
-    facts = {name: getattr(snapshot, name) for name in ("step", "seconds", "history", "meter", "skipped")}
+    facts = {name: getattr(snapshot, name) for name in ("step", "seconds", "history", "meter", "skipped", "of")}
     text = json.dumps(facts, allow_nan=False).encode()
-    tensors = {"facts": torch.frombuffer(bytearray(text), dtype=torch.uint8), "generator": snapshot.generator}
-    for kind, found in (("optimiser", snapshot.optimiser), ("model", snapshot.model)):
+    tensors = {"facts": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    kinds = {"optimiser": snapshot.optimiser, "model": snapshot.model, "generator": snapshot.generators}
+    for kind, found in kinds.items():
         # clones: a file of safetensors holds no two names for one memory
         tensors |= {
             f"{kind}/{name}": tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()
@@ -129,14 +138,14 @@ def _from_file(path: Path) -> Snapshot:
         facts = strict_json.parse(tensors.pop("facts").numpy().tobytes(), path)
         return Snapshot(
             **_checked(facts, path), optimiser=_of("optimiser/", tensors), model=_of("model/", tensors),
-            generator=tensors["generator"],
+            generators=_of("generator/", tensors),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise RunError(f"'{path}' is not a checkpoint of this version: {error}") from None
 
 
 def _checked(facts: Any, path: Path) -> dict[str, Any]:
-    kinds = {"step": int, "seconds": float, "history": list, "meter": dict, "skipped": int}
+    kinds = {"step": int, "seconds": float, "history": list, "meter": dict, "skipped": int, "of": dict}
     if not isinstance(facts, dict) or {name: type(value) for name, value in facts.items()} != kinds:
         raise RunError(f"'{path}' is not a checkpoint of this version: its facts are {ascii(facts)[:80]}")
     return facts

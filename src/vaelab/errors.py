@@ -32,6 +32,10 @@ class NonFiniteError(VaelabError):
     exit_code = 4
 
 
+class NonFiniteStep(NonFiniteError):
+    """A step of training whose loss or gradient is not finite: the weights are those before it."""
+
+
 class RunError(VaelabError):
     """A run folder that is none, is not ours, or does not fit this version."""
 
@@ -75,4 +79,4 @@ class Interrupted(VaelabError):
     def __init__(self, reason: str, where: str) -> None:
         super().__init__(f"interrupted by {reason} {where}")
         self.reason, self.where = reason, where
-        self.exit_code = 143 if reason == "SIGTERM" else 130
+        self.exit_code = {"SIGTERM": 143, "SIGHUP": 129}.get(reason, 130)

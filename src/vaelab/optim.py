@@ -28,7 +28,8 @@ class Adam:
 
     def __init__(self, weights: Tensor, gradient: Tensor) -> None:
         self.weights, self.gradient = weights, gradient
-        self.mean, self.square, self.count = torch.zeros_like(weights), torch.zeros_like(weights), torch.zeros(())
+        self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
+        self.count = torch.zeros((), device=weights.device)
 
     def step(self, lr: float) -> None:
         adam(

@@ -91,7 +91,7 @@ def _bernoulli(logits: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     if logits.dtype != torch.float32 or logits.device.type != "cpu" or exported:
         return F.softplus(logits, threshold=40).sum(-1), torch.sigmoid(logits) if with_mean else None
     excess = None
-    if logits.numel() and float(logits.amax()) > _SATURATED:
+    if logits.numel() and not float(logits.amax()) <= _SATURATED:  # also where one of them is not a number
         excess = F.relu(logits - _SATURATED).sum(-1)
         logits = logits.clamp_max(_SATURATED)
     off = torch.sigmoid(-logits)

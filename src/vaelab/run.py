@@ -150,11 +150,20 @@ class Run:
         path = self.path / "metrics.jsonl"
         return strict_json.read_lines(path) if path.is_file() else []
 
+    def note_resumed(self, step: int) -> None:
+        """Add to env.json by what the training goes on from a step."""
+        now = environment()
+        entry = {"step": step, **{name: now[name] for name in ("vaelab", "code", "torch", "threads", "command")}}
+        found = self.environment() or now
+        write_json(self.path / "env.json", {**found, "resumed": [*found.get("resumed", []), entry]})
+
     def environment(self) -> dict[str, Any]:
         """What env.json says; nothing where it is missing. Raises RunError where it is damaged."""
         path = self.path / "env.json"
         found = read_json(path) if path.is_file() else {}
-        if not isinstance(found, dict) or not isinstance(found.get("device", ""), str):
+        if not isinstance(found, dict) or not (
+            isinstance(found.get("device", ""), str) and isinstance(found.get("resumed", []), list)
+        ):
             raise RunError(f"'{path}' is damaged: it is not what vaelab writes; restore it from a copy, or remove it")
         return found
 
@@ -163,7 +172,9 @@ def claim_folder(path: Path) -> None:
     """Make a folder that is empty. Raises UsageError where it exists with something in it, or cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(inside.name not in (LOCK, OWNER) for inside in path.iterdir()):
+        begun = not (path / "config.json").is_file()  # a process that was killed before the folder was a run
+        ours = (LOCK, OWNER, "env.json") if begun else (LOCK, OWNER)
+        if any(inside.name not in ours and not (begun and _temporary(inside)) for inside in path.iterdir()):
             goes_on = f"continue it with vaelab train --resume {shlex.quote(str(path))}, "
             raise UsageError(
                 f"'{path}' exists and is not empty: {goes_on if (path / 'config.json').is_file() else ''}"
@@ -175,6 +186,10 @@ def claim_folder(path: Path) -> None:
         raise UsageError(f"'{path}' is a file: choose a folder for --out") from None
     except OSError as error:
         raise UsageError(f"cannot write to '{path}': {error.strerror or error}; choose another --out") from None
+
+
+def _temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 @contextmanager
@@ -230,17 +245,23 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors leaves 0600
+        temporary.chmod(0o666 & ~_umask())  # safetensors leaves 0600
         temporary.replace(path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush_folder(path: Path) -> None:
-    """A rename is on the disk when its folder is; where folders cannot be opened (Windows) the system sees to it."""
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def flush_folder(path: Path) -> None:
+    """See a folder's names on the disk, as a rename left them; where folders cannot be opened (Windows) the system does."""
     if os.name == "posix":
         folder = os.open(path, os.O_RDONLY)
         try:

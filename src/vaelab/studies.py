@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaelab.errors import Interrupted, RunError, UsageError, unknown_name
+from vaelab.errors import Interrupted, UsageError, unknown_name
 from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
@@ -127,20 +127,36 @@ def run_study(
     Raises:
         UsageError: the folder holds something else, or a study with other settings.
     """
+    from vaelab.run import locked
+    from vaelab.training import check_recipe
+
+    settings = {"study": name, "recipes": {arm: [r.to_dict() for r in rs] for arm, rs in recipes.items()}}
+    settings["data_fingerprint"] = data.fingerprint
+    for seeds in recipes.values():
+        check_recipe(seeds[0], data)
+    _claim(folder, settings, overwrite)
+    with locked(folder):
+        return _measured(name, folder, data, recipes, device, stage, stop)
+
+
+def _measured(
+    name: str,
+    folder: Path,
+    data: "Dataset",
+    recipes: Mapping[str, list[Recipe]],
+    device: str,
+    stage: Stage,
+    stop: Callable[[], str | None],
+) -> dict[str, Any]:
+    """Train and evaluate what is not there yet, and report."""
     from vaelab.data.protocol import protocol
     from vaelab.evaluation import evaluate
     from vaelab.evaluation.compare import save
     from vaelab.legibility import classifier_for
     from vaelab.report import build, observations
     from vaelab.report.build import Arm, Cell
-    from vaelab.training import check_recipe
 
     chosen = study(name)
-    settings = {"study": name, "recipes": {arm: [r.to_dict() for r in rs] for arm, rs in recipes.items()}}
-    settings["data_fingerprint"] = data.fingerprint
-    for seeds in recipes.values():
-        check_recipe(seeds[0], data)
-    _claim(folder, settings, overwrite)
     arms = {key: Arm(key, label, description) for key, (label, description, _) in chosen.arms.items()}
     with stage("train the classifier that reads the samples") as update:
         classifier, accuracy = classifier_for(data, on_progress=lambda done: (_go_on(stop), update(done, ""))[1])
@@ -275,7 +291,6 @@ def _trained(
     folder: Path, arm: "Arm", wanted: Recipe, data: "Dataset", device: str, stage: Stage, stop: Callable[[], str | None]
 ) -> "Run":
     """The trained run of one cell: the one that is there, or a new one."""
-    import shutil
 
     from vaelab.meter import text_of
     from vaelab.run import Run
@@ -284,23 +299,24 @@ def _trained(
     path = folder / "runs" / f"{arm.key}-seed{wanted.seed}"
     label = f"train {arm.label}, seed {wanted.seed}"
     begun: Run | None = None
-    if path.is_dir():
-        try:
-            begun = Run.open(path)
-            if begun.finished:
-                with stage(label) as update:
-                    update(1.0, "kept from before")
-                return begun
-        except RunError:  # killed while it was being written
-            shutil.rmtree(path)
+    if (path / "config.json").is_file():
+        begun = Run.open(path)
+        if begun.finished:
+            with stage(label) as update:
+                update(1.0, "kept from before")
+            return begun
     with stage(label) as update:
 
         def show(p: "Progress") -> None:
             update(p.step / p.steps, p.text())
 
-        if begun is None:
-            run = train(wanted, data, path, device=device, on_progress=show, stop=stop)
-        else:
-            run = resume(begun, data, on_progress=show, stop=stop)
+        try:
+            if begun is None:
+                run = train(wanted, data, path, device=device, on_progress=show, stop=stop)
+            else:
+                run = resume(begun, data, on_progress=show, stop=stop)
+        except Interrupted as error:
+            where = error.where.partition(";")[0]
+            raise Interrupted(error.reason, f"{where} of {label}; the same command goes on from there") from None
         update(1.0, f"{text_of(run.history()[-1]['test'])} (test)")
     return run

@@ -6,6 +6,8 @@ The data set lives in memory as bytes; there are no loader processes. All noise 
 `vaelab.checkpoint.Snapshot`, so that a training that was interrupted goes on with the same bits.
 """
 
+import hashlib
+import json
 import math
 import shlex
 import time
@@ -18,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vaelab import weights
 from vaelab.checkpoint import Checkpoints, Snapshot, untrained
 from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import Protocol, check
 from vaelab.data.protocol import protocol as protocol_named
-from vaelab.errors import Interrupted, NonFiniteError, RunError, UsageError
+from vaelab.errors import DataError, Interrupted, NonFiniteError, NonFiniteStep, RunError, UsageError
 from vaelab.meter import Meter, Progress
 from vaelab.models.vae import VAE
 from vaelab.objectives import Objective
@@ -102,13 +105,13 @@ def fit(
 
     def snapshot() -> Snapshot:
         return Snapshot(step, now(), list(history), meter.state(), skipped, optimiser.state(), untrained(model),
-                        torch.get_rng_state())  # fmt: skip
+                        _generators(device))  # fmt: skip
 
     with _own_generator(seed, device):
         try:
             if start is not None:
                 history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
-                _restore(start, model, optimiser, meter)
+                _restore(start, model, optimiser, meter, device)
             kept = began = time.perf_counter()
             while len(history) < training.epochs:
                 epoch = len(history) + 1
@@ -117,7 +120,7 @@ def fit(
                     noise = stream(seed, "noise", step, device=device)
                     x = protocol.training_batch(pixels.index_select(0, batch), noise)
                     c = None if labels is None else labels[batch]
-                    before = _buffers(model, training)
+                    before = [buffer.clone() for buffer in model.buffers()]
                     with precision.autocast(device):
                         trace = model.trace(x, c, k=training.k, generator=noise)
                     loss = objective(trace, step).loss
@@ -127,10 +130,12 @@ def fit(
                     if math.isfinite(value) and math.isfinite(norm):
                         meter.add(trace, norm, training.clip)
                     else:
-                        _skip_or_raise(training, step, epoch, value)
-                        skipped += 1
                         for buffer, old in zip(model.buffers(), before, strict=True):
-                            buffer.copy_(old)
+                            buffer.copy_(old)  # the model is as it was before the step
+                        if training.on_nonfinite == "stop":
+                            keep(snapshot())
+                            raise _not_finite(step, epoch, value)
+                        skipped += 1
                     step += 1
                     if meter.due():
                         on_progress(meter.progress(epoch, training, step, steps, now(), skipped))
@@ -164,6 +169,8 @@ def _record(
     epoch: int, step: int, seconds: float, images: int, meter: Meter, tested: dict[str, float | None], skipped: int
 ) -> Record:
     """Of an epoch. Raises NonFiniteError where a number in it is not finite."""
+    if not meter.steps:
+        raise NonFiniteError(f"all steps of epoch {epoch} were skipped, since they were not finite: lower --lr")
     rate, distortion = meter.means()
     if not all(value is None or math.isfinite(value) for value in (rate, distortion, *tested.values())):
         raise NonFiniteError(
@@ -182,22 +189,22 @@ def _record(
     }
 
 
-def _skip_or_raise(training: Training, step: int, epoch: int, loss: float) -> None:
-    if training.on_nonfinite == "stop":
-        what = "the gradient" if math.isfinite(loss) else "the loss"
-        given = "not finite" if math.isfinite(loss) else str(loss)
-        raise NonFiniteError(
-            f"{what} of step {step} (epoch {epoch}) is {given}: lower --lr, try --precision float32, "
-            "or leave such steps out with --on-nonfinite skip"
-        )
+def _not_finite(step: int, epoch: int, loss: float) -> NonFiniteStep:
+    what = "the gradient" if math.isfinite(loss) else "the loss"
+    given = "not finite" if math.isfinite(loss) else str(loss)
+    return NonFiniteStep(
+        f"{what} of step {step} (epoch {epoch}) is {given}: lower --lr, try --precision float32, "
+        "or leave such steps out with --on-nonfinite skip"
+    )
 
 
-def _buffers(model: nn.Module, training: Training) -> list[Tensor]:
-    """What a step that is skipped must not have changed."""
-    return [buffer.clone() if training.on_nonfinite == "skip" else buffer for buffer in model.buffers()]
+def _generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of the global generators that a network may draw from."""
+    found = {"cpu": torch.get_rng_state()}
+    return found if device.type == "cpu" else found | {"cuda": torch.cuda.get_rng_state(device)}
 
 
-def _restore(start: Snapshot, model: nn.Module, optimiser: Optimiser, meter: Meter) -> None:
+def _restore(start: Snapshot, model: nn.Module, optimiser: Optimiser, meter: Meter, device: torch.device) -> None:
     """Raises RunError where the snapshot is of another training."""
     optimiser.load(start.optimiser)
     own = untrained(model)
@@ -207,7 +214,9 @@ def _restore(start: Snapshot, model: nn.Module, optimiser: Optimiser, meter: Met
         tensor.copy_(start.model[name])
     try:
         meter.load(start.meter)
-        torch.set_rng_state(start.generator)
+        torch.set_rng_state(start.generators["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(start.generators["cuda"], device)
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise RunError("this checkpoint is not one of this version: train again, without --resume") from None
 
@@ -257,6 +266,7 @@ def resume(
     stop: Callable[[], str | None] = lambda: None,
     keep_every: float = CHECKPOINT_EVERY,
     tell: Callable[[str], None] = lambda sentence: None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> Run:
     """Go on with a training that was interrupted, by whatever: the same bits as if it had not been.
 
@@ -267,14 +277,21 @@ def resume(
         on_progress: see `fit`.
         stop: see `fit`.
         keep_every: seconds between checkpoints.
-        tell: is given what a user should know: from where it goes on, and which checkpoints are damaged.
+        tell: is given what a user may want to know: from where it goes on.
+        warn: is given what a user should know: which checkpoints are damaged.
 
     Raises:
-        RunError: another process trains in it; it cannot be written; its checkpoint is of another model.
+        RunError: another process trains in it; it cannot be written; its checkpoint is of another configuration or data;
+            it has weights and no checkpoint.
+        DataError: other data than it was begun with.
     """
+    checkpoints = Checkpoints(run.path / "checkpoint")
+    environment_ = run.environment()
+    if data.fingerprint != environment_.get("data_fingerprint", data.fingerprint):
+        raise DataError(f"'{run.path}' was trained on other data: bring back the data of then, or train again")
     with locked(run.path):
-        checkpoints = Checkpoints(run.path / "checkpoint")
-        if run.finished:
+        if _finished(run):
+            weights.header(run.weights)  # or says that they are damaged
             checkpoints.remove()
             tell(f"'{run.path}' is finished: all {run.recipe().training.epochs} epochs were trained")
             return run
@@ -283,16 +300,47 @@ def resume(
             recipe = replace(recipe, training=replace(recipe.training, on_nonfinite=on_nonfinite))
         snapshot, refused = checkpoints.load()
         for sentence in refused:
-            tell(sentence)
+            warn(sentence)
+        of = _digests(recipe, data)
+        if snapshot is not None and snapshot.of != of:
+            changed = " and ".join(name for name, digest in of.items() if snapshot.of.get(name) != digest)
+            raise RunError(
+                f"the {changed} of '{run.path}' changed since its checkpoint was written: bring back what it was begun with, "
+                "or train again into another folder"
+            )
+        if snapshot is None and not refused and run.weights.is_file():
+            raise RunError(
+                f"'{run.path}' holds weights and no checkpoint to go on from: it was finished, and its records or its "
+                "configuration were changed, or it was not made by vaelab train; it is left as it is"
+            )
         tell("there is no checkpoint: from the first step" if snapshot is None else f"from step {snapshot.step}")
+        device, precision = environment_.get("device", "cpu"), environment_.get("precision", recipe.training.precision)
         with said(run.path):
-            run.configure(recipe)
-            run.rewrite_history([] if snapshot is None else snapshot.history)
-            for left in run.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+            run.weights.unlink(missing_ok=True)  # those of the moment when it was interrupted
+            for left in run.path.rglob(".*.tmp"):  # of a process that was killed while it wrote
                 left.unlink(missing_ok=True)
-        device = run.environment().get("device", "cpu")
-        _fit_into(run, recipe, data, device, on_progress, stop, keep_every, snapshot)
+            run.configure(recipe)
+            run.note_resumed(0 if snapshot is None else snapshot.step)
+            run.rewrite_history([] if snapshot is None else snapshot.history)
+        # what `auto` chose then, also on a processor where it would choose otherwise now
+        as_begun = replace(recipe, training=replace(recipe.training, precision=precision))
+        _fit_into(run, as_begun, data, device, on_progress, stop, keep_every, snapshot)
     return run
+
+
+def _finished(run: Run) -> bool:
+    """Whether it is; records that are damaged are made again from a checkpoint, if there is one."""
+    try:
+        return run.finished
+    except RunError:
+        return False
+
+
+def _digests(recipe: Recipe, data: Dataset) -> dict[str, str]:
+    """Of what must not change between two parts of a training; what is done at steps that are not finite may."""
+    same = replace(recipe, training=replace(recipe.training, on_nonfinite="stop"))
+    text = json.dumps(same.to_dict(), sort_keys=True)
+    return {"configuration": hashlib.sha256(text.encode()).hexdigest()[:16], "data": data.fingerprint}
 
 
 def _fit_into(
@@ -307,18 +355,29 @@ def _fit_into(
 ) -> None:
     model, checkpoints = initial_model(recipe), Checkpoints(run.path / "checkpoint")
     goes_on = f"; go on with vaelab train --resume {shlex.quote(str(run.path))}"
-    with said(run.path):
-        try:
-            fit(
-                model, build(recipe.objective), data, protocol_named(recipe.protocol), recipe.training, seed=recipe.seed,
-                device=device, on_progress=on_progress, on_epoch=run.append, stop=stop, keep=checkpoints.save,
-                keep_every=keep_every, start=start,
-            )  # fmt: skip
-        except Interrupted as error:
+
+    def append(record: Record) -> None:
+        with said(run.path):
+            run.append(record)
+
+    def keep(snapshot: Snapshot) -> None:
+        with said(run.path):
+            checkpoints.save(replace(snapshot, of=of))
+
+    of = _digests(run.recipe(), data)
+    try:
+        fit(
+            model, build(recipe.objective), data, protocol_named(recipe.protocol), recipe.training, seed=recipe.seed,
+            device=device, on_progress=on_progress, on_epoch=append, stop=stop, keep=keep, keep_every=keep_every,
+            start=start,
+        )  # fmt: skip
+    except Interrupted as error:
+        with said(run.path):
             run.save_model(model)
-            raise Interrupted(error.reason, error.where + goes_on) from None
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}{goes_on} --on-nonfinite skip") from None
+        raise Interrupted(error.reason, error.where + goes_on) from None
+    except NonFiniteStep as error:
+        raise NonFiniteStep(f"{error}{goes_on} --on-nonfinite skip") from None
+    with said(run.path):
         run.save_model(model)
         checkpoints.remove()
 

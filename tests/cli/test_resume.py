@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from vaelab.run import Run
+from vaelab.run import Run, locked
 
 FIELDS = ("--data", "digits", "--hidden", 16, "--decoder", 16, "--frequencies", 4, "--batch-size", 64)
 
@@ -66,21 +66,39 @@ def test_a_second_process_is_refused_and_told_of_the_first(vaelab, training, tmp
     )
     process.kill()
     process.communicate()
-    assert (tmp_path / "busy" / "run.owner.json").is_file()  # left behind, and no lock: see tests/train/test_resume.py
+    assert (tmp_path / "busy" / "run.owner.json").is_file()  # left behind, and no lock
+    with locked(tmp_path / "busy"):
+        pass
 
 
-def test_a_full_disk_is_one_message_and_what_was_whole_goes_on(vaelab, program, tmp_path):
+def test_a_second_signal_leaves_at_once_and_nothing_is_lost(vaelab, training, tmp_path):
+    process = training("twice", "--epochs", 60, "--checkpoint-every", 0)
+    begun(tmp_path / "twice", process)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (130, 143) and "Traceback" not in said
+    vaelab("train", "--resume", tmp_path / "twice", "--quiet").ok()
+    vaelab("train", "mnist-2d", *FIELDS, "--epochs", 60, "--out", tmp_path / "whole", "--quiet").ok()
+    assert same_weights(tmp_path / "twice", tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_message_and_the_last_whole_checkpoint_is_kept(vaelab, program, training, tmp_path):
     """A limit on the size of files: the configuration fits, a checkpoint does not."""
-    command = [program, "train", "mnist-2d", *map(str, FIELDS), "--epochs", "3", "--checkpoint-every", "0", "--quiet",
-               "--out", str(tmp_path / "full")]  # fmt: skip
-    limited = f"ulimit -f 8; exec {' '.join(command)}"
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
-    assert done.returncode == 5 and done.stdout == ""
+    process = training("full", "--epochs", 60)
+    begun(tmp_path / "full", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    kept = sorted(path.name for path in (tmp_path / "full" / "checkpoint").iterdir())
+    assert len(kept) == 1
+    command = f"ulimit -f 32; exec {program} train --resume {tmp_path / 'full'} --checkpoint-every 0 --quiet"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and done.stdout == "", done.stderr
     assert done.stderr.startswith("error: cannot write to ") and done.stderr.count("\n") == 1
     assert "File too large" in done.stderr and f"vaelab train --resume {tmp_path / 'full'}" in done.stderr
-    assert not list((tmp_path / "full").rglob(".*.tmp"))
+    assert sorted(path.name for path in (tmp_path / "full" / "checkpoint").iterdir()) == kept
     vaelab("train", "--resume", tmp_path / "full", "--quiet").ok()
-    vaelab("train", "mnist-2d", *FIELDS, "--epochs", 3, "--out", tmp_path / "whole", "--quiet").ok()
+    vaelab("train", "mnist-2d", *FIELDS, "--epochs", 60, "--out", tmp_path / "whole", "--quiet").ok()
     assert same_weights(tmp_path / "full", tmp_path / "whole")
 
 

@@ -36,6 +36,7 @@ def test_every_file_is_there(study_folder):
         assert (run.path / "evaluation.json").is_file()
     assert {path.name for path in study_folder.iterdir()} == {
         "images", "runs", "report.html", "report.json", "study.json",
+        "run.lock",
     }  # fmt: skip
     assert not [path for path in study_folder.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
 

@@ -160,7 +160,8 @@ def checkpoint_corpus() -> tuple[bytes, ...]:
     ones = torch.ones(3)
     snapshot = Snapshot(
         3, 0.5, [{"epoch": 1, "test": {"rate": None}}], Meter(torch.device("cpu")).state(), 0,
-        {"master": ones, "mean": ones, "count": torch.tensor(3)}, {"frequency": torch.zeros(2, 2)}, torch.get_rng_state()[:40],
+        {"master": ones, "mean": ones, "count": torch.tensor(3)}, {"frequency": torch.zeros(2, 2)},
+        {"cpu": torch.get_rng_state()[:40]},
     )  # fmt: skip
     return (_to_bytes(snapshot), _to_bytes(replace(snapshot, history=[], optimiser={})))
 

@@ -13,7 +13,7 @@ from vaelab import likelihoods, objectives, posteriors, priors
 from vaelab.checkpoint import Checkpoints
 from vaelab.data.datasets import load
 from vaelab.data.protocol import protocol
-from vaelab.errors import Interrupted, NonFiniteError, RunError, UsageError
+from vaelab.errors import DataError, Interrupted, NonFiniteError, RunError, UsageError
 from vaelab.models.vae import VAE
 from vaelab.nn.mlp import MLP
 from vaelab.objectives import ELBO
@@ -202,9 +202,99 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(interrupted,
         data[len(data) // 2] ^= 1
     newest.write_bytes({"cut": data[:-1], "bit": data, "empty": b""}[harm])
     told = []
-    found = resume(interrupted, digits, tell=told.append)
+    found = resume(interrupted, digits, tell=told.append, warn=told.append)
     assert len(told) == 2 and newest.name in told[0] and "the checkpoint before it is used" in told[0]
     assert told[1] == "from step 4" and same(whole(small()), found)
+
+
+def test_a_damaged_one_does_not_push_out_those_that_are_made_after_it(interrupted, digits, small, whole):
+    for path in (interrupted.path / "checkpoint").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(Interrupted):
+        resume(interrupted, digits, stop=Stop(3))
+    told = []
+    found = resume(interrupted, digits, tell=told.append)
+    assert told == ["from step 3"] and same(whole(small()), found)
+
+
+def test_weights_of_the_moment_are_not_taken_for_the_last_ones(interrupted, digits, small, whole, monkeypatch):
+    """Interrupted, which saves weights; resumed to the last record, and killed before its own are saved."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_model", lambda run, model: (_ for _ in ()).throw(OSError("no room")))
+        with pytest.raises(RunError, match="no room"):
+            resume(interrupted, digits)
+    assert len(interrupted.history()) == 2 and not interrupted.finished
+    assert same(whole(small()), resume(interrupted, digits))
+
+
+def test_what_a_killed_process_was_writing_is_removed(interrupted, digits):
+    left = interrupted.path / "checkpoint" / ".000000009-ab.safetensors.1.tmp"
+    left.write_bytes(b"half")
+    with pytest.raises(Interrupted):
+        resume(interrupted, digits, stop=Stop(1))
+    assert not left.exists()
+    (entry,) = interrupted.environment()["resumed"]
+    assert entry["step"] == 5 and entry["torch"] == torch.__version__
+
+
+def test_a_folder_that_was_not_yet_a_run_can_be_begun_again(digits, small, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "env.json").write_text("{}")
+    (folder / ".config.json.77.tmp").write_text("{")
+    assert train(small(), digits, folder).finished
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.5}, {"epochs": 1}, {"precision": "bfloat16"}])
+def test_another_configuration_is_refused(interrupted, digits, small, change):
+    interrupted.configure(small(**change))
+    with pytest.raises(RunError, match=r"the configuration of .* changed since its checkpoint"):
+        resume(interrupted, digits)
+
+
+def test_a_finished_run_is_never_begun_anew(digits, small, whole):
+    run = whole(small())
+    before = run.weights.read_bytes()
+    records = (run.path / "metrics.jsonl").read_text()
+    for damaged in (records[:-40], "nonsense\n" + records):
+        (run.path / "metrics.jsonl").write_text(damaged)
+        with pytest.raises(RunError, match="holds weights and no checkpoint"):
+            resume(run, digits)
+    (run.path / "metrics.jsonl").write_text(records)
+    run.configure(small(epochs=3))
+    with pytest.raises(RunError, match="holds weights and no checkpoint"):
+        resume(run, digits)
+    assert run.weights.read_bytes() == before
+    run.configure(small())
+    run.weights.write_bytes(before[:-1])
+    with pytest.raises(RunError, match=r"model\.safetensors"):
+        resume(run, digits)
+
+
+def test_damaged_records_and_a_lost_environment_are_made_again(interrupted, digits, small, whole):
+    (interrupted.path / "metrics.jsonl").write_text("nonsense\n")
+    (interrupted.path / "env.json").unlink()
+    assert same(whole(small()), resume(interrupted, digits))
+    assert interrupted.environment()["torch"] == torch.__version__
+
+
+def test_other_data_is_refused(interrupted, digits):
+    other = replace(digits, train=replace(digits.train, pixels=255 - digits.train.pixels))
+    with pytest.raises(DataError, match="other data"):
+        resume(interrupted, other)
+    (interrupted.path / "env.json").unlink()
+    with pytest.raises(RunError, match=r"the data of .* changed"):
+        resume(interrupted, other)
+
+
+def test_it_goes_on_in_the_precision_it_was_begun_with(interrupted, digits, small, whole, monkeypatch):
+    import vaelab.training as training
+
+    asked = []
+    choose = training.choose
+    monkeypatch.setattr(training, "choose", lambda name, device: asked.append(name) or choose(name, device))
+    resume(interrupted, digits)
+    assert asked == ["float32"] == [interrupted.environment()["precision"]]
 
 
 def test_without_a_whole_checkpoint_it_begins_again(interrupted, digits, small, whole):
@@ -212,7 +302,7 @@ def test_without_a_whole_checkpoint_it_begins_again(interrupted, digits, small, 
         path.write_bytes(b"nothing")
     (interrupted.path / "checkpoint" / ".000000009-ab.safetensors.1.tmp").write_bytes(b"half")
     told = []
-    assert same(whole(small()), resume(interrupted, digits, tell=told.append))
+    assert same(whole(small()), resume(interrupted, digits, tell=told.append, warn=told.append))
     assert told[-1] == "there is no checkpoint: from the first step" and len(told) == 3
     assert not (interrupted.path / "checkpoint").exists()
 
@@ -222,11 +312,11 @@ def test_a_checkpoint_of_another_model_is_refused(interrupted, digits, small, tm
         train(small(hidden=(8,)), digits, tmp_path / "other", stop=Stop(3))
     (theirs,) = (tmp_path / "other" / "checkpoint").iterdir()
     theirs.rename(interrupted.path / "checkpoint" / theirs.name.replace("000000003", "000000008"))
-    with pytest.raises(RunError, match="of another model or optimiser"):
+    with pytest.raises(RunError, match=r"the configuration of .* changed"):
         resume(interrupted, digits)
 
 
-@pytest.mark.parametrize("harm", [{"meter": {}}, {"meter": {"sums": [1]}}, {"generator": torch.zeros(3)}])
+@pytest.mark.parametrize("harm", [{"meter": {}}, {"meter": {"sums": [1]}}, {"generators": {"cpu": torch.zeros(3)}}])
 def test_a_checkpoint_that_was_made_up_is_refused(interrupted, digits, harm):
     checkpoints = Checkpoints(interrupted.path / "checkpoint")
     snapshot, _ = checkpoints.load()
@@ -317,7 +407,7 @@ def test_a_training_that_stopped_at_a_step_goes_on_without_it(digits, small, tmp
     from vaelab.registry import build
 
     with pytest.raises(NonFiniteError, match=r"step 7 .*vaelab train --resume .* --on-nonfinite skip"):
-        train(small(), digits, tmp_path / "run", keep_every=0.0)
+        train(small(), digits, tmp_path / "run")
     run = Run.open(tmp_path / "run")
     snapshot, _ = Checkpoints(run.path / "checkpoint").load()
     assert snapshot is not None and snapshot.step == 7

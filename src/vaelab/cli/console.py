@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 _OUTPUT = Group("Output", sort_key=90)
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 EVERY = 5.0
 """Seconds between the lines of progress where there is no terminal."""
 
@@ -140,15 +141,15 @@ class Stages:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], str | None]]:
-    """Ctrl-C and SIGTERM are noted, for training to finish its step and save; a second Ctrl-C leaves at once."""
+    """Ctrl-C, SIGTERM and a closed terminal are noted, for training to finish its step and save; a second one leaves at once."""
     received: list[str] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         received.append(signal.Signals(number).name)
 
-    held = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: signal.signal(number, handle) for number in _ENDING}
     try:
         yield lambda: received[0] if received else None
     finally:

@@ -47,6 +47,10 @@ def resume(
     from vaelab.errors import UsageError, unknown_name
     from vaelab.run import Run
 
+    if unknown and resume is not None:
+        raise UsageError(
+            f"--resume goes on with the recipe of its run and takes no other: leave out '{unknown[0]}', or train into a new folder"
+        )
     if unknown and not unknown[0].startswith("-"):
         raise unknown_name("recipe", unknown[0], RECIPES)
     if unknown:
@@ -56,13 +60,15 @@ def resume(
     _check_every(checkpoint_every)
     run = Run.open(resume)
     from vaelab.cli.common import check_device, data_of
-    from vaelab.run import code_hash
+    from vaelab.run import environment
     from vaelab.training import resume as go_on
 
     check_device(run.environment().get("device", "cpu"))
-    made_by = run.environment().get("code")
-    if not run.finished and made_by != code_hash():
-        console.note(f"{resume} was begun by another version of the code ({made_by}): the bits may differ", output)
+    begun, now = run.environment(), environment()
+    other = [f"{name} {begun.get(name)}, now {now[name]}" for name in ("code", "torch", "threads")
+             if begun.get(name) != now[name]]  # fmt: skip
+    if begun and other:
+        console.note(f"{resume} was begun with {'; '.join(other)}: the bits may differ", output)
     stages = console.Stages(output)
     data = data_of(run, data_dir, stages)
     with stages(f"train {run.recipe().name}") as update, console.interruptible() as stop:
@@ -70,6 +76,7 @@ def resume(
             run, data, on_nonfinite=on_nonfinite, stop=stop, keep_every=checkpoint_every,
             on_progress=lambda p: update(p.step / p.steps, p.text()),
             tell=lambda sentence: console.note(sentence, output),
+            warn=lambda sentence: console.note(f"warning: {sentence}", Output()),
         )  # fmt: skip
     _show(run, data, output)
 
