@@ -29,7 +29,6 @@ def cache(tmp_path_factory):
         patch.setenv("VAELAB_CACHE", str(path))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("COLUMNS", raising=False)
-        patch.setattr(studies, "write_explorer", lambda *where, **how: "explorer left out")  # see tests/explore
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # networks this small are several times slower on two threads
         yield path
@@ -87,8 +86,18 @@ def installed(program):
     return call
 
 
+def _no_page(*where, **how) -> str:
+    return "explorer left out"  # see tests/explore
+
+
+@pytest.fixture(autouse=True)
+def _studies_without_their_page(monkeypatch):
+    monkeypatch.setattr(studies, "write_explorer", _no_page)
+
+
 def _quietly(*arguments: str) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "write_explorer", _no_page)
         assert run_command([*arguments, "--quiet"]) == 0
 
 
