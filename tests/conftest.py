@@ -12,9 +12,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch  # noqa: E402
 
-ALONE = "PYTEST_XDIST_WORKER" not in os.environ
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2 if ALONE else 1)))
-
 TESTS = Path(__file__).parent
 TOGETHER = ("cli", "explore")
 """Folders whose session fixtures train models: each is run by one process."""
@@ -25,6 +22,18 @@ def pytest_collection_modifyitems(items):
         part = item.path.relative_to(TESTS).parts[0]
         if part in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(part))
+
+
+torch.set_num_threads(1)  # for session fixtures, which come before `_one_thread`
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Networks this small are several times slower on two threads, where the second core is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

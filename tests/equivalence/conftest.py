@@ -9,15 +9,6 @@ from vaelab.models.vae import VAE
 from vaelab.nn.mlp import MLP
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small are several times slower on two threads, where the second core is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def vae():
     """A VAE on (1, 8, 8) images with fixed weights: latent dimensions, posterior, likelihood."""

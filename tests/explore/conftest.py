@@ -19,15 +19,6 @@ from vaelab.registry import to_spec
 from vaelab.run import Run
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small are several times slower on two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def compose(posterior="Gaussian", likelihood="Bernoulli", prior=None, *, dim=2, classes=0, conv=False, **options):
     """A VAE on (1, 8, 8) images with fixed weights; options are the likelihood's."""
     member = getattr(likelihoods, likelihood)

@@ -11,15 +11,6 @@ from vaelab.training import fit, initial_model
 FIELDS = {"hidden": (16,), "decoder": (16,), "frequencies": 4, "epochs": 2, "batch_size": 256, "precision": "float32"}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Networks this small are several times slower on two threads, where the second core is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def small(digits):
     """Fields of `mnist-2d` to its recipe for the digits."""
