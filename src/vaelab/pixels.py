@@ -77,30 +77,27 @@ class _NaturalLogProb(torch.autograd.Function):
         return (x - mean).mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None, None
 
 
-_SATURATED = 21.0
-"""sigmoid(-21)^4 is still a normal float32; beyond, log(1 + e^l) is l to 1e-9."""
+_TOGETHER = 16, 8, 4
+"""Pixels of whose product one logarithm is taken, where it is a normal float32."""
 
 
 def _bernoulli(logits: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     """A(l) = log(1 + e^l) = -log sigmoid(-l), and A'(l) = 1 - sigmoid(-l).
 
-    The logarithm costs most. In float32 on a CPU it is taken of products of four pixels: what that rounds away, 1e-7 a
-    pixel, the sum over pixels would lose too.
+    The logarithm costs most. In float32 on a CPU it is taken of products of pixels: what that rounds away, 1e-7 a pixel,
+    the sum over pixels would lose too.
     """
     exported = torch.compiler.is_exporting()  # a graph has no values to look at
     if logits.dtype != torch.float32 or logits.device.type != "cpu" or exported:
         return F.softplus(logits, threshold=40).sum(-1), torch.sigmoid(logits) if with_mean else None
-    excess = None
-    if logits.numel() and not float(logits.amax()) <= _SATURATED:  # also where one of them is not a number
-        excess = F.relu(logits - _SATURATED).sum(-1)
-        logits = logits.clamp_max(_SATURATED)
-    off = torch.sigmoid(-logits)
-    quarter = off.shape[-1] // 4
-    first, second, third, fourth, rest = off.split([quarter] * 4 + [off.shape[-1] - 4 * quarter], -1)
-    total = -(first * second * third * fourth).log().sum(-1)
-    if rest.shape[-1]:
-        total = total - rest.log().sum(-1)
-    return (total if excess is None else total + excess), 1 - off if with_mean else None
+    off = logits.neg().sigmoid_()
+    mean = 1 - off if with_mean else None
+    for count in _TOGETHER:
+        if off.numel() and off.shape[-1] % count == 0:
+            product = off.unflatten(-1, (count, -1)).prod(-2)
+            if float(product.detach().amin()) >= torch.finfo(torch.float32).tiny:  # not where one of them is not a number
+                return -product.log().sum(-1), mean
+    return F.softplus(logits, threshold=40).sum(-1), mean
 
 
 def _continuous_bernoulli(logits: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:
