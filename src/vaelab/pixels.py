@@ -95,7 +95,9 @@ def _bernoulli(logits: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     for count in _TOGETHER:
         if off.numel() and off.shape[-1] % count == 0:
             product = off.unflatten(-1, (count, -1)).prod(-2)
-            if float(product.detach().amin()) >= torch.finfo(torch.float32).tiny:  # not where one of them is not a number
+            if (
+                float(product.detach().amin()) >= torch.finfo(torch.float32).tiny
+            ):  # not where one of them is not a number
                 return -product.log().sum(-1), mean
     return F.softplus(logits, threshold=40).sum(-1), mean
 
