@@ -20,7 +20,7 @@ class Ours:
         self.data: Dataset = load("mnist")
         values = {"batch_size": 128, "lr": 1e-3, "schedule": "constant", "clip": 0.0, **fields}
         self.recipe: Recipe = recipe(name, self.data.shape, precision=precision, seed=seed, **values)
-        self.model = initial_model(self.recipe)
+        self.model = initial_model(self.recipe, self.data)
         self.curve: list[float] = []
         self.tested: list[float] = []
 
@@ -50,7 +50,7 @@ def curve(epochs: int, seed: int, precision: str) -> list[float]:
     data = load("mnist")
     r = recipe("mnist", data.shape, precision=precision, seed=seed, epochs=epochs, batch_size=128, lr=1e-3,
                schedule="constant", clip=0.0)  # fmt: skip
-    records = fit(initial_model(r), build(r.objective), data, protocol(r.protocol), r.training, seed=seed)
+    records = fit(initial_model(r, data), build(r.objective), data, protocol(r.protocol), r.training, seed=seed)
     return [record["train"]["rate"] + record["train"]["distortion"] for record in records]
 
 
@@ -67,5 +67,5 @@ def time_to(target: float, seed: int, on_value: Callable[[float, float], None] =
         if value <= target:
             reached[0] = min(reached[0], seconds)
 
-    fit(initial_model(r), build(r.objective), data, protocol(r.protocol), r.training, seed=seed, on_epoch=look)
+    fit(initial_model(r, data), build(r.objective), data, protocol(r.protocol), r.training, seed=seed, on_epoch=look)
     return reached[0]

@@ -4,6 +4,13 @@
 `muon`   Muon (Jordan et al. 2024) on the matrices of linear layers that are wide on both sides, Adam on the rest: each
          update of a matrix is its momentum with all singular values set to one.
 
+Rates of the layers, as multiples of the learning rate:
+`equal`    one for all.
+`fan-in`   sqrt(400 / inputs) for the weights of a layer, 8 for its biases. Adam moves each number by about the learning
+           rate; a layer with few inputs starts with large weights and needs larger moves, and a bias is one number where
+           the weights beside it are hundreds. (Yang & Hu 2021, arXiv 2011.14522, for wide networks; the constants measured
+           on the 784-400-20 network.)
+
 Two ideas make a step cheap on a CPU. All float32 weights that Adam updates lie in one tensor, so that it is one fused
 kernel instead of a dispatch for each layer. And in bfloat16 training the weights of linear and convolutional layers are
 bfloat16 copies, renewed once after each update, instead of being cast by autocast in every forward pass.
@@ -11,7 +18,7 @@ bfloat16 copies, renewed once after each update, instead of being cast by autoca
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,19 +30,48 @@ from vaelab.errors import RunError
 _CASTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
-class Adam:
-    """Adam on one tensor: torch's fused kernel, without the hundred microseconds that its optimiser class takes a step."""
+FAN_IN = 400
+"""Inputs of a layer whose weights move by the learning rate itself."""
+BIASES = 8.0
+"""Multiple of the learning rate for biases."""
 
-    def __init__(self, weights: Tensor, gradient: Tensor) -> None:
-        self.weights, self.gradient = weights, gradient
+
+def multiples(model: nn.Module, rates: str) -> dict[int, float]:
+    """id of a parameter -> multiple of the learning rate, where it is not 1."""
+    found: dict[int, float] = {}
+    for layer in model.modules():
+        if rates == "fan-in" and isinstance(layer, _CASTABLE):
+            outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            found[id(layer.weight)] = math.sqrt(FAN_IN * outputs / layer.weight.numel())
+            found[id(layer.bias)] = BIASES
+    return found
+
+
+class Adam:
+    """Adam on one tensor: torch's fused kernel, without the hundred microseconds that its optimiser class takes a step.
+
+    Args:
+        weights: flat.
+        gradient: of them.
+        beta2: decay of the squared gradient.
+        parts: how many of the weights, one after the other, have which multiple of the learning rate.
+    """
+
+    def __init__(self, weights: Tensor, gradient: Tensor, beta2: float, parts: Sequence[tuple[int, float]]) -> None:
+        self.beta2, self.multiples = beta2, [multiple for _, multiple in parts]
         self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
-        self.count = torch.zeros((), device=weights.device)
+        self.count = torch.zeros(len(parts), device=weights.device)
+        sizes = [size for size, _ in parts]
+        self.parts = list(
+            zip(*(t.split(sizes) for t in (weights, gradient, self.mean, self.square)), self.count, strict=True)
+        )
 
     def step(self, lr: float) -> None:
-        adam(
-            [self.weights], [self.gradient], [self.mean], [self.square], [], [self.count], fused=True, amsgrad=False,
-            beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
-        )  # fmt: skip
+        for (weights, gradient, mean, square, count), multiple in zip(self.parts, self.multiples, strict=True):
+            adam(
+                [weights], [gradient], [mean], [square], [], [count], fused=True, amsgrad=False, beta1=0.9,
+                beta2=self.beta2, lr=lr * multiple, weight_decay=0.0, eps=1e-8, maximize=False,
+            )  # fmt: skip
 
 
 class Optimiser:
@@ -53,6 +89,8 @@ class Optimiser:
         average: decay a step of the averaged weights; 0 for none. At step s the decay is min(average, (1+s)/(10+s)),
             so that a short run is not held back by its initialisation (Polyak & Juditsky 1992).
         bfloat16: whether linear and convolutional layers compute with bfloat16 copies of their weights.
+        beta2: Adam's decay of the squared gradient.
+        rates: `equal` or `fan-in`.
     """
 
     def __init__(
@@ -65,13 +103,17 @@ class Optimiser:
         clip: float = 0.0,
         average: float = 0.0,
         bfloat16: bool = False,
+        beta2: float = 0.999,
+        rates: str = "equal",
     ) -> None:
         self.lr, self.schedule, self.steps, self.clip, self.average = lr, schedule, steps, clip, average
         matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 32}
         muon = matrices if name == "muon" else set()
         cast = _castable(model) if bfloat16 else set()
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.parameters = sorted(trained, key=lambda p: id(p) in muon)  # Adam's part of the flat tensor comes first
+        multiple = multiples(model, rates)
+        # Adam's part of the flat tensor comes first, and in it what has the same multiple of the learning rate together
+        self.parameters = sorted(trained, key=lambda p: (id(p) in muon, multiple.get(id(p), 1.0)))
         self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.gradient = torch.zeros_like(self.master)
         self.weights, self.gradients = self._views(self.master), self._views(self.gradient)
@@ -83,16 +125,23 @@ class Optimiser:
         self.accumulated = [g for p, g in zip(self.parameters, self.gradients, strict=True) if id(p) not in copied]
         self._bind()
 
-        rest = sum(p.numel() for p in self.parameters if id(p) not in muon)
-        self.adam = Adam(self.master[:rest], self.gradient[:rest])
+        sizes: dict[float, int] = {}
+        for p in self.parameters:
+            if id(p) not in muon:
+                rate = multiple.get(id(p), 1.0)
+                sizes[rate] = sizes.get(rate, 0) + p.numel()
+        rest = sum(sizes.values())
+        self.adam = Adam(
+            self.master[:rest], self.gradient[:rest], beta2, [(size, rate) for rate, size in sizes.items()]
+        )
         self.muon: torch.optim.Optimizer | None = None
         if muon:
-            own = []
+            wide = []
             for p, weight, gradient in zip(self.parameters, self.weights, self.gradients, strict=True):
                 if id(p) in muon:
-                    own.append(nn.Parameter(weight))
-                    own[-1].grad = gradient
-            self.muon = torch.optim.Muon(own, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+                    wide.append(nn.Parameter(weight))
+                    wide[-1].grad = gradient
+            self.muon = torch.optim.Muon(wide, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, step: int, skip: bool = False) -> float:

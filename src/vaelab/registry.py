@@ -43,6 +43,8 @@ COMPONENTS: dict[str, str] = {
     "nn.ConvEncoder": "vaelab.nn.conv:ConvEncoder",
     "nn.ConvDecoder": "vaelab.nn.conv:ConvDecoder",
     "nn.WithLabel": "vaelab.nn.label:WithLabel",
+    "nn.Centred": "vaelab.nn.mean:Centred",
+    "nn.AroundMean": "vaelab.nn.mean:AroundMean",
     "posteriors.Gaussian": "vaelab.posteriors:Gaussian",
     "posteriors.FullGaussian": "vaelab.posteriors:FullGaussian",
     "posteriors.Laplace": "vaelab.posteriors:Laplace",

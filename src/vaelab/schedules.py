@@ -94,11 +94,17 @@ def _warm_cosine(done: float) -> float:
     return (done + 1e-3) / (rise + 1e-3) if done < rise else (1 + math.cos(math.pi * (done - rise) / (1 - rise))) / 2
 
 
+def _warm_linear(done: float) -> float:
+    rise = 0.1
+    return 0.04 + 0.96 * done / rise if done < rise else 1 - (done - rise) / (1 - rise)
+
+
 LEARNING_RATE: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "warm-cosine": _warm_cosine,
+    "warm-linear": _warm_linear,
     "one-cycle": _one_cycle,
 }
 """Multiplier of the learning rate, from the fraction of training done, in [0, 1)."""

@@ -28,6 +28,7 @@ from vaelab.data.protocol import protocol as protocol_named
 from vaelab.errors import DataError, Interrupted, NonFiniteError, NonFiniteStep, RunError, UsageError
 from vaelab.meter import Meter, Progress
 from vaelab.models.vae import VAE
+from vaelab.nn.mean import AroundMean, Centred
 from vaelab.objectives import Objective
 from vaelab.optim import Optimiser
 from vaelab.precision import choose
@@ -37,6 +38,8 @@ from vaelab.rng import stream, stream_seed
 from vaelab.run import CHECKPOINT_EVERY, Run, claim_folder, locked, said
 from vaelab.schedules import LEARNING_RATE
 
+MEAN_OF = 10_000
+"""Training images whose mean a model may start from, evenly spaced."""
 Record = dict[str, Any]
 """One line of metrics.jsonl: epoch, step, seconds of training, lr, and rate and distortion on train and test."""
 
@@ -94,7 +97,7 @@ def fit(
     steps = steps_per_epoch * training.epochs
     optimiser = Optimiser(
         model, training.optimiser, training.lr, LEARNING_RATE[training.schedule], steps, training.clip, training.average,
-        bfloat16=precision.name == "bfloat16",
+        bfloat16=precision.name == "bfloat16", beta2=training.beta2, rates=training.rates,
     )  # fmt: skip
 
     history: list[Record] = []
@@ -353,7 +356,7 @@ def _fit_into(
     keep_every: float,
     start: Snapshot | None,
 ) -> None:
-    model, checkpoints = initial_model(recipe), Checkpoints(run.path / "checkpoint")
+    model, checkpoints = initial_model(recipe, data), Checkpoints(run.path / "checkpoint")
     goes_on = f"; go on with vaelab train --resume {shlex.quote(str(run.path))}"
 
     def append(record: Record) -> None:
@@ -446,11 +449,23 @@ def _check_fit(model: VAE, data: Dataset, protocol: Protocol, training: Training
         )
 
 
-def initial_model(recipe: Recipe) -> VAE:
-    """The recipe's model with its first weights, from the stream "init"; torch's global generator is left as it was."""
+def initial_model(recipe: Recipe, data: Dataset | None = None) -> VAE:
+    """The recipe's model with its first weights, from the stream "init"; torch's global generator is left as it was.
+
+    Args:
+        recipe: of the run.
+        data: what it will be trained on: the parts that start from the mean image (`vaelab.nn.mean`) are given it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(recipe.seed, "init"))
-        return build(recipe.model)
+        model: VAE = build(recipe.model)
+    starting = [part for part in model.modules() if isinstance(part, Centred | AroundMean)]
+    if data is not None and starting:
+        some = torch.from_numpy(data.train.pixels[:: math.ceil(len(data.train) / MEAN_OF)])
+        x = protocol_named(recipe.protocol).training_batch(some, stream(recipe.seed, "init", 0))
+        for part in starting:
+            part.start_at(x.mean(0))
+    return model
 
 
 @contextmanager

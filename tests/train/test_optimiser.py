@@ -7,15 +7,30 @@ import torch
 from torch import nn
 
 from vaelab.data.protocol import protocol
+from vaelab.likelihoods import GreyCrossEntropy
+from vaelab.models.vae import VAE
 from vaelab.nn.mlp import ExactLinear
 from vaelab.objectives import ELBO
 from vaelab.optim import Optimiser
+from vaelab.posteriors import Gaussian
+from vaelab.priors import StandardNormal
 from vaelab.rng import stream
 from vaelab.training import initial_model
 
 
 def constant(done):
     return 1.0
+
+
+class Flat(nn.Module):
+    """Codes as images of 9 channels, (K, B, 9, 2, 2), to logits (K, B, 1, 8, 8) by one transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(9, 1, 4, stride=4)
+
+    def forward(self, h):
+        return self.up(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
 
 @pytest.fixture
@@ -55,6 +70,32 @@ def test_flat_adam_is_torchs_adam_step_by_step(model, backward):
         assert (weights(model) - weights(reference)).abs().max() < 1e-6
     ours.finish()
     assert (weights(model) - weights(reference)).abs().max() < 1e-6
+
+
+def test_each_layer_moves_at_its_own_multiple(backward):
+    """`fan-in` is torch's Adam with a group of parameters for each layer's weights, and one for all biases."""
+    model = VAE(
+        nn.Sequential(nn.Conv2d(1, 3, 3, stride=2), nn.Flatten(), nn.Linear(27, 16)), Gaussian(16, 2), StandardNormal(2),
+        GreyCrossEntropy(nn.Sequential(ExactLinear(2, 36), nn.Unflatten(-1, (9, 2, 2)), Flat())),
+    )  # fmt: skip
+    reference = copy.deepcopy(model)
+    inputs = {nn.Conv2d: 9, nn.Linear: None, ExactLinear: None, nn.ConvTranspose2d: 9 * 16}
+    groups = []
+    for layer in reference.modules():
+        if type(layer) in inputs:
+            fan_in = inputs[type(layer)] or layer.in_features
+            groups.append({"params": [layer.weight], "lr": 1e-3 * (400 / fan_in) ** 0.5})
+            groups.append({"params": [layer.bias], "lr": 8e-3})
+    assert sum(len(group["params"]) for group in groups) == len(list(reference.parameters())) == 10
+    ours = Optimiser(model, "adam", 1e-3, constant, 6, beta2=0.9, rates="fan-in")
+    theirs = torch.optim.Adam(groups, betas=(0.9, 0.9))
+    for step in range(6):
+        backward(model, step)
+        backward(reference, step)
+        theirs.step()
+        theirs.zero_grad()
+        ours.step(step)
+        assert (weights(model) - weights(reference)).abs().max() < 1e-6
 
 
 def test_the_schedule_scales_the_learning_rate(model, backward):
