@@ -98,13 +98,13 @@ def measured(
 
 
 def check_workers(workers: int) -> None:
-    """Raises UsageError for a number that is none, and in a script that its own workers import."""
+    """Raises UsageError for a number that is none, and in a script that one of its own workers imports."""
     if workers < 0:
         raise UsageError(f"workers is {workers}: expected 1 or more, or 0 for as many as there are cores")
-    if workers != 1 and multiprocessing.parent_process() is not None:
+    if workers != 1 and multiprocessing.current_process().name != "MainProcess":
         raise UsageError(
-            "workers can only be started by the first process: they import the script that starts them, so call this "
-            'under `if __name__ == "__main__":`, or with workers=1'
+            "workers are not started by workers: they import the script that starts them, so call this under "
+            '`if __name__ == "__main__":`, or with workers=1'
         )
 
 
