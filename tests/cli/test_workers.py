@@ -107,6 +107,7 @@ def test_workers_go_on_with_the_same_bits(tasks, side_by_side, digits):
     here(whole, digits)
     side_by_side(broken)
     for a, b in zip(whole, broken, strict=True):
+        assert len(Run.open(b.path).environment()["resumed"]) == 1
         assert (a.path / "model.safetensors").read_bytes() == (b.path / "model.safetensors").read_bytes()
 
 
