@@ -339,8 +339,7 @@ def _work(pipe: "pipes.Connection[Any, Any]", threads: int) -> None:
         tell("ready")
         data, weights = pipe.recv()
         classifier = None if weights is None else loaded(data, weights)
-        while True:
-            task = pipe.recv()
+        while isinstance(task := pipe.recv(), Task):  # or why to stop, said while the last one was done
             try:
                 tell("done", _cell(task, data, classifier, "cpu", stage, stop))
             except Exception as error:
