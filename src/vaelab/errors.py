@@ -5,7 +5,11 @@ not a `VaelabError` is a defect of ours and ends with exit code 1.
 """
 
 import difflib
+import signal
 from collections.abc import Iterable
+
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals by which a user asks a program to stop: Ctrl-C, kill, a closed terminal."""
 
 
 class VaelabError(Exception):
@@ -40,6 +44,10 @@ class RunError(VaelabError):
     """A run folder that is none, is not ours, or does not fit this version."""
 
     exit_code = 5
+
+
+class WorkerDied(VaelabError):
+    """A process that worked for this one is gone: killed, or out of memory."""
 
 
 class NoDensity(VaelabError):
@@ -80,3 +88,6 @@ class Interrupted(VaelabError):
         super().__init__(f"interrupted by {reason} {where}")
         self.reason, self.where = reason, where
         self.exit_code = {"SIGTERM": 143, "SIGHUP": 129}.get(reason, 130)
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, str]]:
+        return type(self), (self.reason, self.where)  # between processes an exception is its arguments

@@ -7,10 +7,11 @@ one perfect digit is legible and has entropy 0; ten classes in equal parts have 
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -137,6 +138,14 @@ def accuracy(model: Classifier, data: Dataset) -> float:
     """Share of the test images that the classifier reads rightly."""
     read = model.probabilities(torch.from_numpy(data.test.pixels).float().div_(255)).argmax(-1)
     return (read == torch.from_numpy(data.test.labels)).double().mean().item()
+
+
+def loaded(data: Dataset, weights: Mapping[str, np.ndarray]) -> Classifier:
+    """The classifier of a data set that has these weights."""
+    with torch.random.fork_rng(devices=[]):
+        model = Classifier(data.shape, _classes(data))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    return model.eval()
 
 
 def legibility(model: Classifier, images: Tensor) -> Legibility:

@@ -8,31 +8,20 @@ interrupted study goes on where it was.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaelab.errors import Interrupted, UsageError, unknown_name
+from vaelab.cells import Stage, Stop, Task, check_workers, go_on, measured
+from vaelab.errors import UsageError, unknown_name
 from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
     from vaelab.data.datasets import Dataset
     from vaelab.data.store import Progress as Fetching
-    from vaelab.meter import Progress
-    from vaelab.report.build import Arm
-    from vaelab.run import Run
 
-Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]
-"""Opens a line of progress: the label goes in, and what comes out is called with the fraction done and a text."""
-
-IS_IMAGES = 100
-"""Test images that a study importance-samples, beside the exact value for all."""
-IS_SAMPLES = 1000
-"""Importance samples for each of them."""
-LATENT_IMAGES = 2000
-"""Test images whose posteriors make a study's aggregate posterior."""
 PAGE = "explorer.html"
 """The page of `write_explorer`."""
 MIN_STEPS = 2500
@@ -109,8 +98,9 @@ def run_study(
     *,
     overwrite: bool = False,
     device: str = "cpu",
+    workers: int = 1,
     stage: Stage = lambda label: nullcontext(lambda done, text: None),
-    stop: Callable[[], str | None] = lambda: None,
+    stop: Stop = lambda: None,
 ) -> dict[str, Any]:
     """Train, evaluate, draw and report; returns the report (see `vaelab.report.page`).
 
@@ -121,22 +111,27 @@ def run_study(
         recipes: from `recipes_of`.
         overwrite: remove what an earlier study left in the folder.
         device: where to train.
+        workers: processes that train and evaluate side by side, see `vaelab.cells`; 0 for as many as torch has threads.
+            They import the script that calls this, so that other than with 1 it must be called under
+            `if __name__ == "__main__":`.
         stage: shows progress.
         stop: asked after each training step, see `vaelab.training.fit`.
 
     Raises:
-        UsageError: the folder holds something else, or a study with other settings.
+        UsageError: the folder holds something else, or a study with other settings; see `vaelab.cells.check_workers`.
+        WorkerDied: a worker was killed; what was trained is kept.
     """
     from vaelab.run import locked
     from vaelab.training import check_recipe
 
+    check_workers(workers)
     settings = {"study": name, "recipes": {arm: [r.to_dict() for r in rs] for arm, rs in recipes.items()}}
     settings["data_fingerprint"] = data.fingerprint
     for seeds in recipes.values():
         check_recipe(seeds[0], data)
     _claim(folder, settings, overwrite)
     with locked(folder):
-        return _measured(name, folder, data, recipes, device, stage, stop)
+        return _measured(name, folder, data, recipes, device, workers, stage, stop)
 
 
 def _measured(
@@ -145,48 +140,37 @@ def _measured(
     data: "Dataset",
     recipes: Mapping[str, list[Recipe]],
     device: str,
+    workers: int,
     stage: Stage,
-    stop: Callable[[], str | None],
+    stop: Stop,
 ) -> dict[str, Any]:
     """Train and evaluate what is not there yet, and report."""
-    from vaelab.data.protocol import protocol
-    from vaelab.evaluation import evaluate
-    from vaelab.evaluation.compare import save
     from vaelab.legibility import classifier_for
     from vaelab.report import build, observations
     from vaelab.report.build import Arm, Cell
+    from vaelab.run import Run
 
     chosen = study(name)
     arms = {key: Arm(key, label, description) for key, (label, description, _) in chosen.arms.items()}
     with stage("train the classifier that reads the samples") as update:
-        classifier, accuracy = classifier_for(data, on_progress=lambda done: (_go_on(stop), update(done, ""))[1])
+        classifier, accuracy = classifier_for(data, on_progress=lambda done: (go_on(stop), update(done, ""))[1])
         update(1.0, "no labels: skipped" if accuracy is None else f"test accuracy {accuracy:.2%}")
-    cells: list[Cell] = []
-    for i in range(len(next(iter(recipes.values())))):
-        for key, arm in arms.items():
-            wanted = recipes[key][i]
-            run = _trained(folder, arm, wanted, data, device, stage, stop)
-            model = run.model(device)
-            with stage(f"evaluate {arm.label}, seed {wanted.seed}") as update:
-
-                def show(label: str, done: float) -> None:
-                    _go_on(stop)
-                    update(done, label)
-
-                evaluation = evaluate(
-                    model, data, protocol(wanted.protocol), classifier=classifier, k=IS_SAMPLES, is_images=IS_IMAGES,
-                    gap_images=0, latent_images=LATENT_IMAGES, on_progress=show,
-                )  # fmt: skip
-            _go_on(stop)
-            save(run, evaluation)
-            cells.append(Cell(arm, run, model, evaluation))
+    wanted = [(arm, r) for seeds in zip(*(recipes[key] for key in arms), strict=True)
+              for arm, r in zip(arms.values(), seeds, strict=True)]  # fmt: skip
+    tasks = [Task(folder / "runs" / f"{arm.key}-seed{r.seed}", r, f"{arm.label}, seed {r.seed}") for arm, r in wanted]
+    found = measured(tasks, data, classifier, device=device, workers=workers, stage=stage, stop=stop)
     with stage("figures and report") as update:
+        runs = [Run.open(task.path) for task in tasks]
+        cells = [
+            Cell(arm, run, run.model(device), evaluation)
+            for (arm, _), run, evaluation in zip(wanted, runs, found, strict=True)
+        ]
         drawn = build.draw(folder, cells, data)
-        _go_on(stop)
+        go_on(stop)
         update(0.8, "")
         values = build.aggregate(cells)
         described = cells[0].evaluation.protocol
-        found = observations.removing_kl(
+        observed = observations.removing_kl(
             values, len(recipes["kl"]), described["importance_samples"], described["importance_sampled_images"],
             0 if classifier is None else classifier.classes,
         )  # fmt: skip
@@ -194,7 +178,7 @@ def _measured(
             folder, chosen.title,
             "The same autoencoder, trained with the KL term of the ELBO and without it: what happens to the codes, to the "
             "samples of the prior, and to the likelihood.",
-            list(arms.values()), cells, drawn, found,
+            list(arms.values()), cells, drawn, observed,
             {"classifier_test_accuracy": accuracy, "data_source": data.source, "notes": "; ".join(data.notes) or None,
              "data_fingerprint": data.fingerprint},
             values,
@@ -255,13 +239,6 @@ def write_explorer(
     return ""
 
 
-def _go_on(stop: Callable[[], str | None]) -> None:
-    if reason := stop():
-        raise Interrupted(
-            reason, "between trainings; the trained runs are kept, and the same command goes on from them"
-        )
-
-
 def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make the study's folder, or accept the one that is there."""
     import shutil
@@ -285,38 +262,3 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     else:
         claim_folder(folder)
     write_json(marker, written)
-
-
-def _trained(
-    folder: Path, arm: "Arm", wanted: Recipe, data: "Dataset", device: str, stage: Stage, stop: Callable[[], str | None]
-) -> "Run":
-    """The trained run of one cell: the one that is there, or a new one."""
-
-    from vaelab.meter import text_of
-    from vaelab.run import Run
-    from vaelab.training import resume, train
-
-    path = folder / "runs" / f"{arm.key}-seed{wanted.seed}"
-    label = f"train {arm.label}, seed {wanted.seed}"
-    begun: Run | None = None
-    if (path / "config.json").is_file():
-        begun = Run.open(path)
-        if begun.finished:
-            with stage(label) as update:
-                update(1.0, "kept from before")
-            return begun
-    with stage(label) as update:
-
-        def show(p: "Progress") -> None:
-            update(p.step / p.steps, p.text())
-
-        try:
-            if begun is None:
-                run = train(wanted, data, path, device=device, on_progress=show, stop=stop)
-            else:
-                run = resume(begun, data, on_progress=show, stop=stop)
-        except Interrupted as error:
-            where = error.where.partition(";")[0]
-            raise Interrupted(error.reason, f"{where} of {label}; the same command goes on from there") from None
-        update(1.0, f"{text_of(run.history()[-1]['test'])} (test)")
-    return run

@@ -10,15 +10,19 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vaelab.errors import ENDING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 _OUTPUT = Group("Output", sort_key=90)
-_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 EVERY = 5.0
 """Seconds between the lines of progress where there is no terminal."""
 
@@ -78,11 +82,15 @@ def table(rows: Sequence[Sequence[str]], title: str = "") -> None:
 
 
 class Stages:
-    """Progress on stderr: a live bar on a terminal, one plain line every few seconds elsewhere, nothing if quiet."""
+    """Progress on stderr: a live bar on a terminal, one plain line every few seconds elsewhere, nothing if quiet.
+
+    Several may be open at once, each with its bar.
+    """
 
     def __init__(self, output: Output) -> None:
         self.quiet = output.quiet
         self.console = Console(stderr=True, highlight=False)
+        self._bars: Progress | None = None
 
     @contextmanager
     def __call__(self, label: str) -> Iterator[Callable[[float, str], None]]:
@@ -94,20 +102,23 @@ class Stages:
             yield from self._plain(label)
 
     def _live(self, label: str) -> Iterator[Callable[[float, str], None]]:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"),
-                   TimeElapsedColumn(), TextColumn("{task.fields[left]}{task.fields[text]}"))  # fmt: skip
+        bars = self._bars = self._bars or _new_bars(self.console)
         start = time.perf_counter()
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(_escape(label), total=1.0, text="", left="")
+        bars.start()
+        task = bars.add_task(_escape(label), total=1.0, text="", left="")
 
-            def update(done: float, text: str) -> None:
-                left = "" if done >= 1 else f"{_left(start, done)}  "
-                bar.update(task, completed=done, text=_escape(text), left=left)
+        def update(done: float, text: str) -> None:
+            left = "" if done >= 1 else f"{_left(start, done)}  "
+            bars.update(task, completed=done, text=_escape(text), left=left)
 
+        try:
             yield update
-            bar.update(task, completed=1.0, left="")
+            bars.update(task, completed=1.0, left="")
+        finally:  # its line stays above those that go on
+            self.console.print(bars.make_tasks_table([one for one in bars.tasks if one.id == task]))
+            bars.remove_task(task)
+            if not bars.tasks:
+                bars.stop()
 
     def _plain(self, label: str) -> Iterator[Callable[[float, str], None]]:
         start = last = time.perf_counter()
@@ -149,7 +160,7 @@ def interruptible() -> Iterator[Callable[[], str | None]]:
             raise SystemExit(128 + number)
         received.append(signal.Signals(number).name)
 
-    held = {number: signal.signal(number, handle) for number in _ENDING}
+    held = {number: signal.signal(number, handle) for number in ENDING}
     try:
         yield lambda: received[0] if received else None
     finally:
@@ -174,6 +185,14 @@ def plain(problem: Exception) -> str:
 def usage(arguments: Sequence[str], commands: Container[str]) -> str:
     """The command that was asked for, without its options."""
     return " ".join(["vaelab", *(word for word in arguments[:1] if word in commands)])
+
+
+def _new_bars(console: Console) -> "Progress":
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"),
+               TimeElapsedColumn(), TextColumn("{task.fields[left]}{task.fields[text]}"))  # fmt: skip
+    return Progress(*columns, console=console, transient=True)
 
 
 def _left(start: float, done: float) -> str:

@@ -25,6 +25,14 @@ def _body(name: str) -> Any:
         ] = False,
         data_dir: Annotated[Path | None, Parameter(help="Where the data files are, if not in the cache.")] = None,
         device: Annotated[str, Parameter(help="Where to train: cpu, cuda …")] = "cpu",
+        workers: Annotated[
+            int,
+            Parameter(
+                converter=console.whole,
+                help="Processes that train side by side on the CPU, which share its cores: 0 for as many as there are "
+                "cores (OMP_NUM_THREADS, where it is set) and runs, 1 for one run after another in this process.",
+            ),
+        ] = 0,
         output: Output = Output(),  # noqa: B008
         fields: dict[str, Any],
     ) -> None:
@@ -42,7 +50,7 @@ def _body(name: str) -> Any:
         recipes = recipes_of(name, data, absolute(data_name), seeds, seed, **given)
         with console.interruptible() as stop:
             report = run_study(
-                name, out, data, recipes, overwrite=overwrite, device=device, stage=stages, stop=stop
+                name, out, data, recipes, overwrite=overwrite, device=device, workers=workers, stage=stages, stop=stop
             )  # fmt: skip
         absent = write_explorer(name, out, data, seed, data_dir=data_dir, fetching=stages.fetch(), stage=stages)
 

@@ -1,0 +1,178 @@
+"""Cells side by side: the numbers of one process, and nothing lost where one of several ends before its time."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+
+from vaelab import cells
+from vaelab.cells import Task, measured
+from vaelab.checkpoint import Checkpoints
+from vaelab.errors import Interrupted, RunError, WorkerDied
+from vaelab.legibility import Classifier
+from vaelab.run import Run, locked, read_json
+from vaelab.studies import recipes_of
+
+ENDLESS = 100_000
+SMALL = {"hidden": (16,), "decoder": (16,), "frequencies": 4}
+
+
+@pytest.fixture
+def tasks(digits, tmp_path):
+    """Makes the two cells of a study."""
+
+    def make(folder, epochs):
+        recipes = recipes_of("removing-kl", digits, "digits", 1, 0, epochs=epochs, **SMALL)
+        return [Task(tmp_path / folder / arm, recipe, arm) for arm, (recipe,) in recipes.items()]
+
+    return make
+
+
+@pytest.fixture
+def side_by_side(digits, monkeypatch):
+    """Works on tasks in two processes, and in none of them here; `when` is called once both are being trained."""
+
+    def work(tasks, when=lambda: None, stage=unseen, classifier=None):
+        def stop():
+            begun = all((task.path / "metrics.jsonl").is_file() for task in tasks)
+            return when() if begun else None
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cells, "_cell", lambda *given: pytest.fail("a cell of this process"))
+            return measured(tasks, digits, classifier, device="cpu", workers=2, stage=stage, stop=stop)
+
+    return work
+
+
+def here(tasks, digits, stop=lambda: None, classifier=None):
+    return measured(tasks, digits, classifier, device="cpu", workers=1, stage=unseen, stop=stop)
+
+
+def unseen(label):
+    return nullcontext(lambda done, text: None)
+
+
+def owner(task):
+    return read_json(task.path / "run.owner.json")["process"]
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def goes_on(task):
+    """That a cell was stopped after a step, and can be continued: nobody holds it, and its last step is kept."""
+    snapshot, refused = Checkpoints(task.path / "checkpoint").load()
+    with locked(task.path):
+        return snapshot is not None and snapshot.step > 0 and not refused and not Run(task.path).finished
+
+
+def test_two_processes_give_the_numbers_of_one(tasks, side_by_side, digits):
+    shown = []
+
+    @contextmanager
+    def stage(label):
+        shown.append((label, "begun"))
+        yield lambda done, text: None
+        shown.append((label, "ended"))
+
+    one, two, classifier = tasks("one", 3), tasks("two", 3), Classifier(digits.shape, 10).eval()
+    alone, beside = here(one, digits, classifier=classifier), side_by_side(two, stage=stage, classifier=classifier)
+    for a, b, task, other in zip(alone, beside, one, two, strict=True):
+        assert a.to_dict() == b.to_dict() and np.array_equal(a.codes, b.codes)
+        assert (task.path / "model.safetensors").read_bytes() == (other.path / "model.safetensors").read_bytes()
+        for name in ("evaluation.json", "evaluation.npz"):
+            assert (other.path / name).is_file()
+        assert read_json(task.path / "evaluation.json") == read_json(other.path / "evaluation.json")
+        assert Run.open(other.path).environment()["threads"] == 1
+    labels = {f"{what} {task.name}" for what in ("train", "evaluate") for task in two}
+    assert sorted(shown) == sorted((label, what) for label in labels for what in ("begun", "ended"))
+
+
+def test_workers_go_on_with_the_same_bits(tasks, side_by_side, digits):
+    whole, broken = tasks("whole", 3), tasks("broken", 3)
+    for steps, task in zip((3, 10), broken, strict=True):
+        asked = iter(range(1000))
+        with pytest.raises(Interrupted):
+            here([task], digits, lambda asked=asked, steps=steps: "SIGTERM" if next(asked) == steps else None)
+        assert goes_on(task)
+    here(whole, digits)
+    side_by_side(broken)
+    for a, b in zip(whole, broken, strict=True):
+        assert len(Run.open(b.path).environment()["resumed"]) == 1
+        assert (a.path / "model.safetensors").read_bytes() == (b.path / "model.safetensors").read_bytes()
+
+
+def test_a_reason_to_stop_reaches_every_cell(tasks, side_by_side):
+    both = tasks("stopped", ENDLESS)
+    with pytest.raises(Interrupted, match=r"^interrupted by SIGHUP after step \d+ of \d+ of train (no_)?kl and after "
+                       r"step \d+ of \d+ of train (no_)?kl; the same command goes on from there$") as caught:  # fmt: skip
+        side_by_side(both, lambda: "SIGHUP")
+    assert caught.value.exit_code == 129
+    assert all(map(goes_on, both))
+
+
+def test_a_worker_that_is_killed_is_named_and_the_others_are_kept(tasks, side_by_side):
+    first, other = tasks("killed", ENDLESS)
+    processes = []
+
+    def kill():
+        if not processes:
+            processes.extend(map(owner, (first, other)))
+            os.kill(processes[0], signal.SIGKILL)
+
+    with pytest.raises(WorkerDied, match=r"process of kl has died \(killed by SIGKILL\).*the same command goes on"):
+        side_by_side([first, other], kill)
+    assert goes_on(other) and not any(map(alive, processes))
+    with locked(first.path):
+        pass
+
+
+def test_a_cell_that_fails_is_told_once_and_the_others_are_kept(tasks, side_by_side):
+    """Its folder is gone: it cannot be written, as on a disk that is full."""
+    first, other = tasks("failing", ENDLESS)
+    away = first.path.with_name("away")
+
+    def fail():
+        if not away.exists():
+            first.path.rename(away)
+
+    with pytest.raises(RunError, match=f"^cannot write to '{first.path}': No such file") as caught:
+        side_by_side([first, other], fail)
+    assert "Traceback" in caught.value.__notes__[0]  # for --debug
+    assert goes_on(other)
+
+
+def test_a_number_of_workers_that_is_none(vaelab, tmp_path):
+    vaelab("study", "removing-kl", "--data", "digits", "--workers", -1, "--out", tmp_path / "x", "--quiet").refused(
+        2, "workers is -1: expected 1 or more, or 0"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+UNGUARDED = """
+from pathlib import Path
+from vaelab.data.datasets import Dataset, Images, load
+from vaelab.studies import recipes_of, run_study
+pixels = Images(load("digits").test.pixels)
+data = Dataset("unlabelled", pixels, pixels, None, "")
+recipes = recipes_of("removing-kl", data, "unlabelled", 1, 0, epochs=1, hidden=(8,), decoder=(8,), frequencies=2)
+run_study("removing-kl", Path("out"), data, recipes, workers=2)
+"""
+
+
+def test_a_script_that_its_workers_would_run_again_is_told(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'call this under `if __name__ == "__main__":`, or with workers=1' in done.stderr
+    assert "could not begin (exit code 1): what it said is above" in done.stderr
+    assert not list(tmp_path.glob("out/runs/*"))
