@@ -93,27 +93,27 @@ def classifier_for(
 
 
 def train_classifier(
-    data: Dataset, *, epochs: int = 4, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
+    data: Dataset, *, epochs: int = 2, seed: int = 0, on_progress: Callable[[float], None] = lambda done: None
 ) -> tuple[Classifier, float]:
     """Train the classifier on the training images, each moved by up to one pixel; returns it with its test accuracy.
 
     Args:
         data: must have labels.
-        epochs: passes over images; more are made where there are few images, so that at least 900 steps are taken.
+        epochs: passes over images; more are made where there are few images, so that at least 450 steps are taken.
         seed: the root of all randomness.
         on_progress: called with the fraction done.
     """
     labels = torch.from_numpy(data.train.labels)
     pixels = torch.from_numpy(data.train.pixels)
     batch = 256
-    epochs = max(epochs, math.ceil(900 / math.ceil(len(pixels) / batch)))
+    epochs = max(epochs, math.ceil(450 / math.ceil(len(pixels) / batch)))
     steps = epochs * math.ceil(len(pixels) / batch)
     precision = choose("auto", torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "classifier"))
         model = Classifier(data.shape, _classes(data))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    peak = 3e-3
+    peak = 6e-3
     optimiser = torch.optim.Adam(model.parameters(), peak, fused=True)
     step = 0
     for epoch in range(epochs):
