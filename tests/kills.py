@@ -21,7 +21,7 @@ import torch
 from vaelab.data.datasets import load
 from vaelab.recipes import Recipe, recipe
 from vaelab.run import Run
-from vaelab.training import resume, train
+from vaelab.running import resume, train
 
 SETTINGS = (
     {"optimiser": "adam", "precision": "float32", "average": 0.9},

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from vaelab.quadrature import log_likelihood
     from vaelab.recipes import Recipe, Training, recipe
     from vaelab.run import Run
-    from vaelab.training import fit, train
+    from vaelab.running import train
+    from vaelab.training import fit
 
 _NAMES = {
     "Dataset": "vaelab.data.datasets:Dataset",
@@ -51,7 +52,7 @@ _NAMES = {
     "protocol": "vaelab.data.protocol:protocol",
     "recipe": "vaelab.recipes:recipe",
     "schedules": "vaelab.schedules",
-    "train": "vaelab.training:train",
+    "train": "vaelab.running:train",
     "with_prior": "vaelab.fitted:with_prior",
 }
 

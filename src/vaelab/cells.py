@@ -142,7 +142,7 @@ def _trained(task: Task, data: "Dataset", device: str, stage: Stage, stop: Stop)
     """The trained run of a cell: the one that is there, or a new one."""
     from vaelab.meter import text_of
     from vaelab.run import Run
-    from vaelab.training import resume, train
+    from vaelab.running import resume, train
 
     label = f"train {task.name}"
     begun = Run.open(task.path) if (task.path / "config.json").is_file() else None

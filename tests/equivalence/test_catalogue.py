@@ -16,7 +16,7 @@ from vaelab.recipes import recipe
 from vaelab.registry import COMPONENTS, build, spec
 from vaelab.rng import stream
 from vaelab.run import Run
-from vaelab.training import train
+from vaelab.running import train
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"latent_dim": 4, "hidden": (32,), "epochs": 1, "batch_size": 50}

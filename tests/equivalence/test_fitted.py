@@ -272,7 +272,7 @@ def test_codes_without_a_density_are_refused():
 
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
-    from vaelab.training import train
+    from vaelab.running import train
 
     chosen = recipe("mnist", digits.shape, data="digits", protocol="threshold", latent_dim=2, hidden=(16,), epochs=1)
     return train(chosen, digits, tmp_path_factory.mktemp("runs") / "run")

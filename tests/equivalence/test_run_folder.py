@@ -13,8 +13,8 @@ from vaelab.errors import RunError, UsageError
 from vaelab.recipes import recipe
 from vaelab.rng import stream
 from vaelab.run import FORMAT, Run, read_json, replacing, write_json
+from vaelab.running import train
 from vaelab.training import test_metrics as measured
-from vaelab.training import train
 
 
 @pytest.fixture

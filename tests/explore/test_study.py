@@ -16,7 +16,7 @@ def study(vaelab, tmp_path, monkeypatch, runtime, ungraphed):
     runs = {}
 
     def run_study(name, out, data, recipes, **how):
-        from vaelab.training import train
+        from vaelab.running import train
 
         for arm, (recipe, *_) in recipes.items():
             path = out / "runs" / f"{arm}-seed{recipe.seed}"

@@ -17,8 +17,9 @@ from vaelab.nn.mlp import MLP
 from vaelab.objectives import ELBO
 from vaelab.recipes import Training
 from vaelab.run import Run
+from vaelab.running import train
 from vaelab.trace import Level, Trace
-from vaelab.training import fit, train
+from vaelab.training import fit
 
 
 def grey_vae(likelihood=likelihoods.GreyCrossEntropy):

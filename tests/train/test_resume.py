@@ -19,7 +19,8 @@ from vaelab.nn.mlp import MLP
 from vaelab.objectives import ELBO
 from vaelab.recipes import OPTIMISERS, recipe
 from vaelab.run import OWNER, Run, locked
-from vaelab.training import fit, resume, train
+from vaelab.running import resume, train
+from vaelab.training import fit
 
 TIMES = ("seconds", "images_per_second")
 
@@ -400,9 +401,9 @@ def test_a_skipped_step_changes_nothing_and_is_counted(trained, small, gradient)
 
 
 def test_a_training_that_stopped_at_a_step_goes_on_without_it(digits, small, tmp_path, monkeypatch):
-    import vaelab.training as training
+    import vaelab.running as running
 
-    monkeypatch.setattr(training, "build", lambda spec, **how: Poisoned({7}) if "objectives" in str(spec["class"])
+    monkeypatch.setattr(running, "build", lambda spec, **how: Poisoned({7}) if "objectives" in str(spec["class"])
                         else build(spec, **how))  # fmt: skip
     from vaelab.registry import build
 

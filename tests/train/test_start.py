@@ -12,7 +12,8 @@ from vaelab.errors import Interrupted, UsageError
 from vaelab.nn import MLP, AroundMean, Centred
 from vaelab.recipes import recipe
 from vaelab.run import Run
-from vaelab.training import initial_model, resume, train
+from vaelab.running import resume, train
+from vaelab.training import initial_model
 
 
 def test_the_mean_is_taken_from_the_input_and_its_logit_added_to_the_output():

@@ -61,7 +61,7 @@ def resume(
     run = Run.open(resume)
     from vaelab.cli.common import check_device, data_of
     from vaelab.run import environment
-    from vaelab.training import resume as go_on
+    from vaelab.running import resume as go_on
 
     check_device(run.environment().get("device", "cpu"))
     begun, now = run.environment(), environment()
@@ -102,7 +102,7 @@ def _body(name: str) -> Any:
 
         from vaelab.cli.common import absolute, check_device, load_data
         from vaelab.precision import choose
-        from vaelab.training import train
+        from vaelab.running import train
 
         check_device(device)
         stages = console.Stages(output)

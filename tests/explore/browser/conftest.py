@@ -28,7 +28,7 @@ from vaelab.explore import bundle, pack, runtime
 from vaelab.models.vae import VAE
 from vaelab.recipes import recipe
 from vaelab.run import Run
-from vaelab.training import train
+from vaelab.running import train
 
 LAUNCH = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
           "--disable-component-update", "--disable-sync"]  # fmt: skip
