@@ -59,7 +59,8 @@ def test_a_single_file_holds_everything(some, runtime):
     assert set(manifest["pieces"]) == set(pieces)
     for name, content in pieces.items():
         packed = base64.b64decode(by_id[f"piece:{name}"])
-        assert gzip.decompress(packed) == content and packed[4:8] == bytes(4)  # no time in its header
+        apart = b"".join(content[i::4] for i in range(4)) if name == "a/encoder.onnx" else content
+        assert gzip.decompress(packed) == apart and packed[4:8] == bytes(4)  # no time in its header
         assert manifest["pieces"][name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert [text for attributes, text in scripts if text.startswith("var d3")] == ["var d3 = '<\\/script><!--';"]
     (imports,) = [json.loads(text)["imports"] for attributes, text in scripts if attributes.get("type") == "importmap"]

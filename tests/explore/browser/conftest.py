@@ -181,6 +181,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., View]]:
         state: str = "c=0",
         touch: bool = False,
         ready: bool = True,
+        before: str = "",
     ) -> View:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]},
@@ -189,6 +190,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., View]]:
         )
         contexts.append(context)
         view = View(context.new_page())
+        if before:
+            view.page.add_init_script(before)
         view.page.on("console", lambda m: view.errors.append(m.text) if m.type in ("error", "warning") else None)
         view.page.on("pageerror", lambda error: view.errors.append(str(error)))
         view.page.on("request", lambda request: view.requests.append(request.url))

@@ -31,6 +31,11 @@ def test_a_page_from_the_disk_asks_for_nothing(visit, page_of) -> None:
     assert [url for url in view.requests if not url.startswith(("data:", "blob:"))] == [page_of(*PAIR).as_uri()]
 
 
+def test_a_browser_of_before_2025_unpacks_the_same(visit, page_of) -> None:
+    older = visit(page_of("with KL"), state="z=0.5,-0.8", before="delete Uint8Array.fromBase64")
+    assert (older.decoded() == visit(page_of("with KL"), state="z=0.5,-0.8").decoded()).all()
+
+
 def test_the_folder_shows_the_same_over_http(visit, page_of, bundle_of, parts, served) -> None:
     folder, address = served
     for name, content in pack.folder(bundle_of(*PAIR), parts).items():

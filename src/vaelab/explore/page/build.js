@@ -5,7 +5,7 @@ import { LatentMap } from "vaelab/map";
 import { Pad } from "vaelab/pad";
 import { DecodingPanel, Picker, PosteriorPanel } from "vaelab/panels";
 import { fillFacts } from "vaelab/paper";
-import { colour, element, sprites } from "vaelab/picture";
+import { colour, element } from "vaelab/picture";
 import { LAYERS, read, rounded, spell } from "vaelab/state";
 import { byRate, dimensionName, Film, isDead, ratesOf, Sliders } from "vaelab/traverse";
 
@@ -14,7 +14,7 @@ const byId = (id) => document.getElementById(id);
 /** Makes all parts of the page, and the state from its address. */
 export function build(app, manifest, images, models) {
   const { data } = manifest;
-  Object.assign(app, { images, models, atlas: sprites(images) });
+  Object.assign(app, { images, models });
   const dims = models.map(({ dim }) => dim);
   app.dim = Math.max(...dims);
   app.common = Math.min(...dims);

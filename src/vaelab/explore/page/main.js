@@ -109,8 +109,7 @@ async function start() {
   document.title = byId("title").textContent = manifest.title;
   const images = new Images(data, await piece(data.pixels), data.labels ? await piece(data.labels) : null);
   const ort = await runtime();
-  const models = [];
-  for (const run of manifest.runs) models.push(await Model.load(ort, run, data));
+  const models = await Promise.all(manifest.runs.map((run) => Model.load(ort, run, data)));
   document.documentElement.dataset.state = "shown";
   installFollowers(app, timings);
   installGestures(app, notice);
