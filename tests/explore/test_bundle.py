@@ -217,7 +217,7 @@ def test_the_numbers_are_those_of_the_last_evaluation(build, model, few, run_of,
     shown = [Exhibit("it", run)]
     described = bundle.build(shown, few).manifest["runs"][0]
     assert described["metrics"] == [] and described["metrics_missing"].startswith(
-        "not evaluated: run `vaelab evaluate run`"
+        f"not evaluated: run `vaelab evaluate {run.path}`"
     )
     measured = Evaluation(
         {"rate": Quantity.missing("no density"), "nll": Quantity(128.414, 0.3021, 60), "active_units": Quantity(2.0, None, 60)},
@@ -245,6 +245,15 @@ def test_the_numbers_are_those_of_the_last_evaluation(build, model, few, run_of,
     run.save_model(model("Delta").apply(_moved))
     described = bundle.build(shown, few).manifest["runs"][0]
     assert described["metrics"] == [] and "trained again since" in described["metrics_missing"]
+
+
+def test_a_training_that_was_interrupted_is_said(few, run_of, model, ungraphed):
+    run = run_of(model("Delta"))
+    shown = [Exhibit("it", run)]
+    assert bundle.build(shown, few).manifest["runs"][0]["interrupted"] == ""
+    run.configure(replace(run.recipe(), training=replace(run.recipe().training, epochs=30)))
+    said = bundle.build(shown, few).manifest["runs"][0]["interrupted"]
+    assert said.startswith("training was interrupted after 1 of 30 epochs")
 
 
 def _moved(part: torch.nn.Module) -> None:

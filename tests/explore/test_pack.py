@@ -179,7 +179,9 @@ def test_bad_input_of_explore_is_refused_before_any_work(
     )
     vaelab("explore", run, "--export", tmp_path / "x.pdf", "--quiet").refused(2, "ends in .html")
     vaelab("explore", run, "--export", tmp_path / "none" / "x.html", "--quiet").refused(2, "does not exist")
+    vaelab("explore", run, "--export", tmp_path, "--quiet").refused(2, f"'{tmp_path}' is a folder", "--folder")
     vaelab("explore", run, "--folder", run, "--quiet").refused(2, "is no explorer")
+    vaelab("explore", run, "--folder", tmp_path / "x.html", "--quiet").refused(2, "is the name of a file", "--export")
     grey = run_of(model(likelihood="GreyCrossEntropy"), "grey", protocol="grey", data=digits).path
     vaelab("explore", run, grey, "--quiet").refused(2, "'dynamic'", "'grey'", "a page of its own")
     (run / "model.safetensors").unlink()

@@ -17,6 +17,7 @@ The page tests itself at load against `golden`: what torch makes of eight codes 
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -237,6 +238,7 @@ def _exhibit(
         },
         "rates": codes.rates,
         "components": _components(codes.mean),
+        "interrupted": run.interrupted,
         "metrics": metrics,
         "metrics_missing": not_measured,
         "protocol_text": how,
@@ -315,7 +317,7 @@ def _metrics(run: Run, protocol: Protocol) -> tuple[list[dict[str, Any]], str, s
     """Rows for the page, why there are none, and how they were measured."""
     seed = f", drawn once with seed {TEST_DRAW_SEED}" if protocol.redrawn else ""
     images = f"Images: protocol '{protocol.name}'{seed}."
-    advice = f"run `vaelab evaluate {run.path.resolve().name}`, then make this page again"
+    advice = f"run `vaelab evaluate {shlex.quote(str(run.path))}`, then make this page again"
     written = run.path / "evaluation.json"
     try:
         kept = load_evaluation(run)

@@ -30,6 +30,8 @@ from vaelab.run import replacing
 
 PLACES = ("<!--vaelab:style-->", "<!--vaelab:importmap-->", "<!--vaelab:pieces-->")
 """What `page/index.html` holds, once each."""
+PAGES = (".html", ".htm")
+"""What the name of a single file ends in."""
 
 
 def single(bundle: Bundle, runtime: Runtime) -> bytes:
@@ -115,10 +117,10 @@ def write_folder(path: Path, bundle: Bundle, runtime: Runtime) -> Path:
 
 def check_single(path: Path) -> None:
     """Refuse a path that no page can be written to, before the work. Raises UsageError."""
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"'{path}' is no name for a page: expected one that ends in .html")
     if path.is_dir():
-        raise UsageError(f"'{path}' is a folder: give the name of a file, or --folder to write a folder")
+        raise UsageError(f"'{path}' is a folder: give the name of a file that ends in .html, or --folder to write a folder")
+    if path.suffix.lower() not in PAGES:
+        raise UsageError(f"'{path}' is no name for a page: expected one that ends in .html")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"the folder '{path.resolve().parent}' does not exist: make it, or choose another path")
     _try(path.resolve().parent)
@@ -126,8 +128,8 @@ def check_single(path: Path) -> None:
 
 def check_folder(path: Path) -> None:
     """Refuse a folder that holds something other than an explorer, before the work. Raises UsageError."""
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"'{path}' is a file: choose a folder")
+    if path.suffix.lower() in PAGES or (path.exists() and not path.is_dir()):
+        raise UsageError(f"'{path}' is the name of a file: give a folder, or --export to write one file")
     if path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").is_file():
         raise UsageError(f"'{path}' exists, is not empty and is no explorer: choose another folder, or remove it")
     parent = path.resolve().parent

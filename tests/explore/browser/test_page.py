@@ -150,6 +150,16 @@ def test_a_run_that_was_not_evaluated_says_how_to(visit, page_of) -> None:
     assert "vaelab evaluate" in visit(page_of("with KL")).page.locator("#facts").inner_text()
 
 
+def test_a_training_that_was_interrupted_is_said_beside_the_numbers(visit, page_of, bundle_of, parts, tmp_path) -> None:
+    assert "interrupted" not in visit(page_of("with KL")).page.locator("body").inner_text()
+    made = bundle_of("with KL")
+    run = made.manifest["runs"][0] | {"interrupted": "training was interrupted after 3 of 30 epochs"}
+    view = visit(changed(tmp_path, made, parts, {"runs": [run]}))
+    assert "training was interrupted" in view.page.locator("#facts").inner_text()
+    view.page.locator("#numbers-open").click()
+    assert "after 3 of 30 epochs" in view.page.locator("#numbers").inner_text()
+
+
 def test_names_in_a_manifest_are_text(visit, bundle_of, parts, tmp_path) -> None:
     made = bundle_of("with KL")
     evil = "</script><img src=x onerror=alert(1)>"

@@ -231,6 +231,8 @@ def test_dead_dimensions_are_greyed_and_axes_are_sorted_by_rate(visit, page_of, 
     order = np.argsort(-rates, kind="stable")
     assert [int(value) for value, _ in options[:-1]] == order.tolist()
     assert options[-1] == ["principal", "principal plane"]
+    assert [text[:2] for _, text in options[:-1]] == ["z" + "₀₁₂₃₄₅"[d] for d in order]  # as in Python
+    assert f"axes={order[0]},{order[1]}" in view.ask("address()")
     assert [("(dead)" in text) for _, text in options[:-1]] == (rates[order] < 0.01).tolist()
     assert view.page.locator(".slider.dead").count() == (rates < 0.01).sum()
     assert view.ask("state()")["axes"] == order[:2].tolist()

@@ -117,7 +117,7 @@ export class Model {
     if (golden?.mean && this.encoder) {
       const { mean } = await this.encode(images.pixels(golden.image), images.label(golden.image) ?? 0);
       mean.forEach((value, d) =>
-        check(`code of test image ${golden.image}, dimension ${d + 1}`, value, golden.mean[d]),
+        check(`code of test image ${golden.image}, dimension ${d}`, value, golden.mean[d]),
       );
     }
     return wrong;

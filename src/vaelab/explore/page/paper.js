@@ -29,6 +29,7 @@ export function fillFacts(app, manifest) {
         {},
         element("b", {}, run.label),
         ...(shown.length ? numbers : [element("span", {}, run.metrics_missing || "not evaluated")]),
+        ...(run.interrupted ? [element("span", { class: "flag", title: run.interrupted }, "training was interrupted")] : []),
       ),
     );
   }
@@ -45,6 +46,7 @@ export function fillFacts(app, manifest) {
     );
     body.append(
       element("h3", {}, `${run.label}: ${run.recipe}, run ${run.run}`),
+      ...(run.interrupted ? [element("p", { class: "flag" }, `Its ${run.interrupted}.`)] : []),
       element("p", {}, `Protocol ${run.protocol}. ${run.protocol_text ?? ""}`),
       element(
         "p",

@@ -8,7 +8,8 @@ export const FRAMES = 11;
 export const DEAD = 0.01; // nats: a dimension of less rate says nothing about x
 
 const subscript = (number) => String(number).replace(/\d/g, (digit) => "₀₁₂₃₄₅₆₇₈₉"[digit]);
-export const dimensionName = (d) => `z${subscript(d + 1)}`;
+/** Dimensions are numbered from 0, as in Python and in evaluation.json. */
+export const dimensionName = (d) => `z${subscript(d)}`;
 
 /** Rates of dimension `d`, one for each run that has them. */
 export const ratesOf = (models, d) => models.map(({ run }) => run.rates?.[d]).filter((rate) => rate !== undefined);
