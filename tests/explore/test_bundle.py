@@ -52,7 +52,8 @@ def check_golden(built, described):
     z = np.array(golden["z"], np.float32)
     assert z.shape == (8, described["latent_dim"])
     empty = np.zeros((n, *built.manifest["data"]["shape"]), np.float32)
-    found = run_graph(built.pieces[described["decoder"]], {"z": z, "x": empty, **labels})
+    noise = np.full((n, 2, *built.manifest["data"]["shape"]), 0.5, np.float32)
+    found = run_graph(built.pieces[described["decoder"]], {"z": z, "x": empty, "u": noise, **labels})
     np.testing.assert_allclose(found["mean"].sum((1, 2, 3)), golden["mean_sum"], atol=1e-4)
     np.testing.assert_allclose(found["log_px"], golden["log_px_zero"], atol=1e-4)
     if described["encoder"]:
@@ -141,6 +142,8 @@ def test_a_laplace_and_a_full_gaussian_have_marginal_deviations(build, model, fe
         np.exp(2 * floats(built, "b/log_sigma.f32")), covariance.diagonal(dim1=1, dim2=2), rtol=1e-5
     )
     assert len(run["rates"]) == 2 and (other["kl"], other["rates"]) == (True, None)
+    assert (run["codes"]["scale_tril"], other["codes"]["scale_tril"]) == (None, "b/scale_tril.f32")
+    assert np.array_equal(floats(built, "b/scale_tril.f32"), full.scale_tril.tril().flatten(1))
 
 
 def test_a_dirac_is_a_point_without_a_rate(build, model):

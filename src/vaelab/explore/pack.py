@@ -118,7 +118,9 @@ def write_folder(path: Path, bundle: Bundle, runtime: Runtime) -> Path:
 def check_single(path: Path) -> None:
     """Refuse a path that no page can be written to, before the work. Raises UsageError."""
     if path.is_dir():
-        raise UsageError(f"'{path}' is a folder: give the name of a file that ends in .html, or --folder to write a folder")
+        raise UsageError(
+            f"'{path}' is a folder: give the name of a file that ends in .html, or --folder to write a folder"
+        )
     if path.suffix.lower() not in PAGES:
         raise UsageError(f"'{path}' is no name for a page: expected one that ends in .html")
     if not path.resolve().parent.is_dir():

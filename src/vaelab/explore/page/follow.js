@@ -49,12 +49,12 @@ export function installFollowers(app, timings) {
     const z = app.position();
     try {
       app.decodings = await Promise.all(
-        app.models.map((model) => model.decoder && model.decode([z], { c: app.state.c })),
+        app.models.map((model) => model.decoder && model.decode([z], { c: app.state.c, u: () => 1 - Math.random() })),
       );
       const where = app.plane.project(z);
       app.maps.forEach((map, i) => {
         map.hasData = !map.aggregate || map.aggregate.hasData(...where);
-        app.panels[i].show(app.decodings[i]?.means[0], map.hasData);
+        app.panels[i].show(app.decodings[i], map.hasData);
         app.panels[i].showNeighbours(z, app.hovered ? null : map.posterior);
         map.drawOver();
       });

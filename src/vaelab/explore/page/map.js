@@ -165,7 +165,7 @@ export class LatentMap {
     const [x, y] = this.pixel(mean);
     context.fillStyle = context.strokeStyle = ink.mark;
     if (sigma) {
-      const { a, b, angle } = ellipse(this.plane.spread(sigma));
+      const { a, b, angle } = ellipse(this.plane.spread(this.posterior));
       for (const width of [1, 2]) {
         context.beginPath();
         context.ellipse(

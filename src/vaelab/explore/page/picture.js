@@ -86,9 +86,6 @@ export function sprites(images) {
   return { canvas, width, height, at: (i) => [(i % columns) * width, Math.floor(i / columns) * height] };
 }
 
-/** One draw of independent Bernoulli pixels with these means. */
-export const bernoulli = (means) => Float32Array.from(means, (p) => Number(Math.random() < p));
-
 /** An element with attributes and children; texts are escaped by the browser. */
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
