@@ -178,11 +178,11 @@ class View:
         self.settle()
         return self.ask("state()")["z"]
 
-    def canvas(self, selector: str) -> np.ndarray:
-        """The red channel of a canvas, (H, W) bytes."""
+    def canvas(self, selector: str, colours: bool = False) -> np.ndarray:
+        """The red channel of a canvas, (H, W) bytes; or red, green and blue, (H, W, 3)."""
         picture = self.page.locator(selector).first.evaluate("(canvas) => canvas.toDataURL()")
         with Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))) as image:
-            return np.array(image)[:, :, 0]
+            return np.array(image)[:, :, :3] if colours else np.array(image)[:, :, 0]
 
     def decoded(self, run: int = 0) -> np.ndarray:
         """The mean that is shown at z, (P,)."""

@@ -53,6 +53,32 @@ def test_the_sample_beside_the_mean_is_drawn_anew_from_the_likelihood(visit, pag
     assert captions == ["mean of p(x|z)", "a sample of p(x|z)"]
 
 
+def test_images_of_three_channels_keep_their_colours(visit, page_of, torch_of, bundle_of) -> None:
+    view = visit(page_of("coloured"), state="x=11&layers=points,digits")
+    z = view.hover([0.5, -0.8])
+    expected = torch_of("coloured").mean(z).reshape(3, 8, 8)
+    close(view.decoded(), expected.ravel())
+    shown = view.canvas(".pictures canvas", colours=True)
+    assert np.abs(shown - np.clip(255 * expected.transpose(1, 2, 0), 0, 255)).max() <= 0.51
+    images = np.frombuffer(bundle_of("coloured").pieces["test.u8"], np.uint8).reshape(-1, 3, 8, 8)
+    np.testing.assert_array_equal(view.canvas("#pad", colours=True), images[11].transpose(1, 2, 0))
+    np.testing.assert_array_equal(
+        view.canvas("#picker button:nth-child(3) canvas", colours=True), images[2].transpose(1, 2, 0)
+    )
+    stroke(view, SEVEN)
+    x = np.array(view.ask("input()"), np.float32).reshape(3, 8, 8)
+    assert (x == x[0]).all() and x.max() == 1
+    close(view.ask("posteriors()")[0]["mean"], torch_of("coloured").posterior(x).mean[0])
+
+
+def test_more_classes_than_colours_are_told_apart_by_their_markers(visit, page_of) -> None:
+    view = visit(page_of("coloured"))
+    names = view.page.locator("#legend span").all_inner_texts()
+    assert len(names) == 13 and names[10] == "zero in another colour"
+    style = "(all) => all.map((i) => getComputedStyle(i).backgroundColor + getComputedStyle(i).borderRadius)"
+    assert len(set(view.page.locator("#legend i").evaluate_all(style))) == 13
+
+
 def test_where_there_is_no_sample_the_page_says_why(visit, page_of) -> None:
     view = visit(page_of("grey line"))
     assert "a cross-entropy on grey levels is of no distribution" in view.page.locator(".pictures").inner_text()

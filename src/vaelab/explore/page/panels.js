@@ -150,7 +150,7 @@ export class DecodingPanel {
       if (this.model.draws) paint(this.sample.canvas, this.model.shape, decoded.samples[0]);
     }
     this.node.classList.toggle("nodata", !hasData);
-    const flag = hasData ? "" : "no data lives here";
+    const flag = hasData ? "" : "no data here";
     if (this.flag.textContent !== flag) this.flag.textContent = flag;
   }
 
