@@ -11,7 +11,7 @@ function write(map, context, ink, words, x, y, { align = "center", size = 11, we
   context.textAlign = align;
   const { width } = context.measureText(words);
   const left = x - width * { left: 0, center: 0.5, right: 1 }[align];
-  const box = { words, left: left - 1, top: y - size, right: left + width + 1, bottom: y + 3 };
+  const box = { words, left: left - 3, top: y - size, right: left + width + 3, bottom: y + 3 };
   const outside = box.left < 0 || box.top < 0 || box.right > map.width || box.bottom > map.height;
   const taken = map.written.some(
     (other) =>
