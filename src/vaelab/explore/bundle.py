@@ -279,9 +279,10 @@ def _codes(model: VAE, x: Tensor, c: Tensor | None, batch_size: int = 500) -> _C
                     kept.append(found)
     each = torch.cat(rates).double() if rates else None
     factorised = each is not None and each.shape[1] == model.latent_dim and bool(each.isfinite().all())
+    log_sigma, scale_tril = (torch.cat(kept).numpy() if kept else None for kept in (sigmas, factors))
     return _Codes(
-        torch.cat(means).numpy(), *(torch.cat(kept).numpy() if kept else None for kept in (sigmas, factors)),
-        kind, each is not None, each.mean(0).tolist() if factorised and each is not None else None,
+        torch.cat(means).numpy(), log_sigma, scale_tril, kind, each is not None,
+        each.mean(0).tolist() if factorised and each is not None else None,
     )  # fmt: skip
 
 
