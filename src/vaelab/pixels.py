@@ -177,6 +177,23 @@ def continuous_bernoulli_mean(logits: Tensor) -> Tensor:
     return torch.where(near, 0.5 + logits * series, torch.where(logits > 0, 1 - below, below))
 
 
+def continuous_bernoulli_quantile(logits: Tensor, u: Tensor) -> Tensor:
+    """The inverse distribution function log(1 + u (e^l - 1)) / l, elementwise, differentiable.
+
+    For l > 0 that of -l, mirrored, which cannot overflow. For |l| < 0.02 the inverse is the cumulant series of a
+    Bernoulli(u) variable to l^3: the formula's derivative cancels there. Its error is below 2e-10.
+    """
+    near = logits.abs() < 0.02
+    size = torch.where(near, 1.0, logits.abs())
+    turned = torch.where(logits > 0, 1 - u, u).clamp(max=1 - torch.finfo(u.dtype).eps)  # log(0) where it is 1
+    below = -torch.log1p(turned * torch.expm1(-size)) / size
+    far = torch.where(logits > 0, 1 - below, below)
+    variance = u * (1 - u)
+    third, fourth = variance * (1 - 2 * u), variance * (1 - 6 * variance)
+    series = u + logits * (variance / 2 + logits * (third / 6 + logits * fourth / 24))
+    return torch.where(near, series, far)
+
+
 @dataclass(frozen=True, eq=False)
 class ContinuousBernoulli(Distribution):
     """Independent values in [0, 1] of density C(lambda) lambda^x (1 - lambda)^(1 - x), `logits` = logit lambda.
@@ -202,22 +219,9 @@ class ContinuousBernoulli(Distribution):
         return _cross(logits, values.flatten(1), _continuous_bernoulli)
 
     def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Samples in [0, 1] by the inverse distribution function log(1 + u (e^l - 1)) / l, differentiable.
-
-        For l > 0 that of -l, mirrored, which cannot overflow. For |l| < 0.02 the inverse is the cumulant series of a
-        Bernoulli(u) variable to l^3: the formula's derivative cancels there. Its error is below 2e-10.
-        """
+        """Samples in [0, 1], differentiable."""
         logits = wide(self.logits)
-        u = _uniform((k, *logits.shape), logits, generator)
-        near = logits.abs() < 0.02
-        size = torch.where(near, 1.0, logits.abs())
-        turned = torch.where(logits > 0, 1 - u, u).clamp(max=1 - torch.finfo(u.dtype).eps)  # log(0) where it is 1
-        below = -torch.log1p(turned * torch.expm1(-size)) / size
-        far = torch.where(logits > 0, 1 - below, below)
-        variance = u * (1 - u)
-        third, fourth = variance * (1 - 2 * u), variance * (1 - 6 * variance)
-        series = u + logits * (variance / 2 + logits * (third / 6 + logits * fourth / 24))
-        return torch.where(near, series, far)
+        return continuous_bernoulli_quantile(logits, _uniform((k, *logits.shape), logits, generator))
 
 
 # --- densities on the real line ---

@@ -94,6 +94,14 @@ class Run:
         """Whether all epochs were trained and the weights were saved."""
         return self.weights.is_file() and len(self.history()) == self.recipe().training.epochs
 
+    @property
+    def interrupted(self) -> str:
+        """After how many epochs the weights were saved, where training did not go to its end; else nothing."""
+        epochs, wanted = len(self.history()), self.recipe().training.epochs
+        if not self.weights.is_file() or epochs >= wanted:
+            return ""
+        return f"training was interrupted after {epochs} of {wanted} epochs; these are the weights of that moment"
+
     def recipe(self) -> Recipe:
         """The resolved recipe. Raises RunError for a file that is not one, or of a newer version."""
         data = read_json(self.config)

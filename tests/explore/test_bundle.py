@@ -52,7 +52,8 @@ def check_golden(built, described):
     z = np.array(golden["z"], np.float32)
     assert z.shape == (8, described["latent_dim"])
     empty = np.zeros((n, *built.manifest["data"]["shape"]), np.float32)
-    found = run_graph(built.pieces[described["decoder"]], {"z": z, "x": empty, **labels})
+    noise = np.full((n, 2, *built.manifest["data"]["shape"]), 0.5, np.float32)
+    found = run_graph(built.pieces[described["decoder"]], {"z": z, "x": empty, "u": noise, **labels})
     np.testing.assert_allclose(found["mean"].sum((1, 2, 3)), golden["mean_sum"], atol=1e-4)
     np.testing.assert_allclose(found["log_px"], golden["log_px_zero"], atol=1e-4)
     if described["encoder"]:
@@ -141,6 +142,8 @@ def test_a_laplace_and_a_full_gaussian_have_marginal_deviations(build, model, fe
         np.exp(2 * floats(built, "b/log_sigma.f32")), covariance.diagonal(dim1=1, dim2=2), rtol=1e-5
     )
     assert len(run["rates"]) == 2 and (other["kl"], other["rates"]) == (True, None)
+    assert (run["codes"]["scale_tril"], other["codes"]["scale_tril"]) == (None, "b/scale_tril.f32")
+    assert np.array_equal(floats(built, "b/scale_tril.f32"), full.scale_tril.tril().flatten(1))
 
 
 def test_a_dirac_is_a_point_without_a_rate(build, model):
@@ -217,7 +220,7 @@ def test_the_numbers_are_those_of_the_last_evaluation(build, model, few, run_of,
     shown = [Exhibit("it", run)]
     described = bundle.build(shown, few).manifest["runs"][0]
     assert described["metrics"] == [] and described["metrics_missing"].startswith(
-        "not evaluated: run `vaelab evaluate run`"
+        f"not evaluated: run `vaelab evaluate {run.path}`"
     )
     measured = Evaluation(
         {"rate": Quantity.missing("no density"), "nll": Quantity(128.414, 0.3021, 60), "active_units": Quantity(2.0, None, 60)},
@@ -245,6 +248,15 @@ def test_the_numbers_are_those_of_the_last_evaluation(build, model, few, run_of,
     run.save_model(model("Delta").apply(_moved))
     described = bundle.build(shown, few).manifest["runs"][0]
     assert described["metrics"] == [] and "trained again since" in described["metrics_missing"]
+
+
+def test_a_training_that_was_interrupted_is_said(few, run_of, model, ungraphed):
+    run = run_of(model("Delta"))
+    shown = [Exhibit("it", run)]
+    assert bundle.build(shown, few).manifest["runs"][0]["interrupted"] == ""
+    run.configure(replace(run.recipe(), training=replace(run.recipe().training, epochs=30)))
+    said = bundle.build(shown, few).manifest["runs"][0]["interrupted"]
+    assert said.startswith("training was interrupted after 1 of 30 epochs")
 
 
 def _moved(part: torch.nn.Module) -> None:

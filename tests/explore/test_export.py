@@ -7,12 +7,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from torch import nn
 
 from vaelab import priors
 from vaelab.distributions import closed_form_kl
 from vaelab.errors import UsageError
 from vaelab.explore import export
+from vaelab.explore.draws import draw
 from vaelab.explore.graph import NoGraph, run_graph
 from vaelab.models.vae import VAE
 
@@ -58,7 +60,8 @@ def test_an_encoder_gives_torchs_posterior(model, few, family):
     x = torch.from_numpy(few.test.pixels[:B]).float() / 255
     graph = export.encoder(m)
     assert graph.inputs == (("x",) if m.classes is None else ("x", "c"))
-    assert graph.outputs == ("mean", "log_sigma", "kl") and graph.error < NEAR
+    full = ["scale_tril"] if family == "FullGaussian" else []
+    assert graph.outputs == ("mean", "log_sigma", *full, "kl") and graph.error < NEAR
     found = run_graph(graph.content, given(m, x=x))
     with torch.no_grad():
         q = m.encode(x, labels_of(m))
@@ -67,6 +70,8 @@ def test_an_encoder_gives_torchs_posterior(model, few, family):
         drawn = q.rsample(200_000, noise).std(0)
     near(found["mean"], q.mean)
     near(found["kl"], kl)
+    if full:
+        near(found["scale_tril"], q.scale_tril.tril())
     np.testing.assert_allclose(np.exp(found["log_sigma"]), drawn.numpy(), rtol=0.02)
 
 
@@ -113,10 +118,29 @@ def test_a_scorer_gives_torchs_likelihood(model, few, family):
     m = model(likelihood=family.split()[0], **LIKELIHOODS[family])
     z, x, px, log_px = decoding(m, few)
     scorer = export.scorer(m)
-    found = run_graph(scorer.content, given(m, z=z, x=x))
-    assert scorer.outputs == ("mean", "log_px") and scorer.inputs[:2] == ("z", "x")
+    u = torch.rand(B, 2, 1, 8, 8)
+    found = run_graph(scorer.content, given(m, z=z, x=x, u=u))
+    drawn = family != "GreyCrossEntropy"
+    assert scorer.outputs == ("mean", "log_px", *(["sample"] if drawn else [])) and scorer.inputs[:3] == ("z", "x", "u")
     near(found["mean"], px.mean[0])
     near(found["log_px"], log_px)
+    if drawn:
+        off = np.abs(found["sample"] - draw(px, u).detach().numpy())
+        assert (off < NEAR).mean() > 0.99 and found["sample"].dtype == np.float32
+
+
+@pytest.mark.parametrize("family", [name for name in LIKELIHOODS if name != "GreyCrossEntropy"])
+def test_a_draw_from_given_noise_is_distributed_as_torchs(model, few, family):
+    m = model(likelihood=family.split()[0], **LIKELIHOODS[family])
+    n, noise = 4000, torch.Generator().manual_seed(0)
+    c = None if m.classes is None else torch.ones(n, dtype=torch.long)
+    with torch.no_grad():
+        px = m.decode(torch.tensor([0.5, -1.0]).expand(1, n, 2), c)
+        here = draw(px, 1 - torch.rand(n, 2, 1, 8, 8, generator=noise))
+        there = px.rsample(1, noise)[0, 0]
+    assert here is not None and here.unique().numel() > 1
+    distance = ks_2samp(here.numpy(), there.numpy(), method="asymp").statistic
+    assert np.sqrt(n / 2) * distance.max() < 2.6  # Kolmogorov: 1 pixel in 400,000 is beyond
 
 
 def test_a_level_far_from_its_logistic_and_a_wide_logistic_keep_their_mass(model, few):
@@ -127,7 +151,7 @@ def test_a_level_far_from_its_logistic_and_a_wide_logistic_keep_their_mass(model
             parameter.mul_(2.0)
         m.likelihood.decoder.network.layers[-1].bias[-32:] += 9  # log scales of the lower half
     z, x, px, _ = decoding(m, few)
-    found = run_graph(export.scorer(m).content, given(m, z=z, x=x))["log_px"]
+    found = run_graph(export.scorer(m).content, given(m, z=z, x=x, u=torch.rand(B, 2, 1, 8, 8)))["log_px"]
     assert float(px.log_scale.min()) < -5 and float(px.log_scale[..., 4:, :].min()) > 3
     with torch.no_grad():
         exact = m.double().decode(z.double().unsqueeze(0)).log_prob(x.double())[0]

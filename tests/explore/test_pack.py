@@ -59,7 +59,8 @@ def test_a_single_file_holds_everything(some, runtime):
     assert set(manifest["pieces"]) == set(pieces)
     for name, content in pieces.items():
         packed = base64.b64decode(by_id[f"piece:{name}"])
-        assert gzip.decompress(packed) == content and packed[4:8] == bytes(4)  # no time in its header
+        apart = b"".join(content[i::4] for i in range(4)) if name == "a/encoder.onnx" else content
+        assert gzip.decompress(packed) == apart and packed[4:8] == bytes(4)  # no time in its header
         assert manifest["pieces"][name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert [text for attributes, text in scripts if text.startswith("var d3")] == ["var d3 = '<\\/script><!--';"]
     (imports,) = [json.loads(text)["imports"] for attributes, text in scripts if attributes.get("type") == "importmap"]
@@ -178,7 +179,9 @@ def test_bad_input_of_explore_is_refused_before_any_work(
     )
     vaelab("explore", run, "--export", tmp_path / "x.pdf", "--quiet").refused(2, "ends in .html")
     vaelab("explore", run, "--export", tmp_path / "none" / "x.html", "--quiet").refused(2, "does not exist")
+    vaelab("explore", run, "--export", tmp_path, "--quiet").refused(2, f"'{tmp_path}' is a folder", "--folder")
     vaelab("explore", run, "--folder", run, "--quiet").refused(2, "is no explorer")
+    vaelab("explore", run, "--folder", tmp_path / "x.html", "--quiet").refused(2, "is the name of a file", "--export")
     grey = run_of(model(likelihood="GreyCrossEntropy"), "grey", protocol="grey", data=digits).path
     vaelab("explore", run, grey, "--quiet").refused(2, "'dynamic'", "'grey'", "a page of its own")
     (run / "model.safetensors").unlink()

@@ -34,12 +34,8 @@ def data_of(run: Run, data_dir: Path | None, stages: Stages) -> Dataset:
 def open_run(path: Path, output: Output) -> Run:
     """A run, with a note where its training was not finished."""
     run = Run.open(path)
-    epochs, wanted = len(run.history()), run.recipe().training.epochs
-    if run.weights.is_file() and epochs < wanted:
-        note(
-            f"{path}: training was interrupted after {epochs} of {wanted} epochs; these are the weights of that moment",
-            output,
-        )
+    if run.interrupted:
+        note(f"{path}: {run.interrupted}", output)
     return run
 
 

@@ -6,6 +6,7 @@
     a/decoder.onnx
     a/mean.f32                posterior means of those images (N, D), little-endian
     a/log_sigma.f32           and the logs of their standard deviations, where there are any
+    a/scale_tril.f32          L (N, D, D) of their covariances L L^T, of a full Gaussian only
 
 Two runs share the images, so they must be of the same data and protocol; their latent spaces may differ.
 
@@ -17,6 +18,7 @@ The page tests itself at load against `golden`: what torch makes of eight codes 
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,8 +205,8 @@ def _exhibit(
         raise UsageError(f"the codes of {bad} of {len(x)} test images of '{run.path}' are not finite: train it again")
     facts, missing = export.about(run), {}
     pieces = {f"{key}/mean.f32": codes.mean.astype("<f4").tobytes()}
-    if codes.log_sigma is not None:
-        pieces[f"{key}/log_sigma.f32"] = codes.log_sigma.astype("<f4").tobytes()
+    names = {"log_sigma": codes.log_sigma, "scale_tril": codes.scale_tril}
+    pieces |= {f"{key}/{name}.f32": found.astype("<f4").tobytes() for name, found in names.items() if found is not None}
     for done, part, make in ((0.2, "encoder", export.encoder), (0.6, "decoder", export.scorer)):
         tell(done, f"{part} to ONNX")
         try:
@@ -233,10 +235,11 @@ def _exhibit(
         "classes": model.classes or 0,
         "codes": {
             "mean": f"{key}/mean.f32",
-            "log_sigma": None if codes.log_sigma is None else f"{key}/log_sigma.f32",
+            **{name: None if found is None else f"{key}/{name}.f32" for name, found in names.items()},
         },
         "rates": codes.rates,
         "components": _components(codes.mean),
+        "interrupted": run.interrupted,
         "metrics": metrics,
         "metrics_missing": not_measured,
         "protocol_text": how,
@@ -247,10 +250,12 @@ def _exhibit(
 
 @dataclass(frozen=True)
 class _Codes:
-    """Posterior means and log sigmas (N, D) float32, the kind of posterior, and the mean KL of each dimension."""
+    """Posterior means and log sigmas (N, D) and factors of covariances (N, D, D) float32, the kind of posterior, and the
+    mean KL of each dimension."""
 
     mean: np.ndarray
     log_sigma: np.ndarray | None
+    scale_tril: np.ndarray | None
     kind: str
     has_kl: bool
     rates: list[float] | None
@@ -258,7 +263,7 @@ class _Codes:
 
 def _codes(model: VAE, x: Tensor, c: Tensor | None, batch_size: int = 500) -> _Codes:
     """What the posteriors of images (N, *X) with labels c (N,) say."""
-    means, sigmas, rates = [], [], []
+    means, sigmas, factors, rates = [], [], [], []
     kind = "none"
     with evaluating(model):
         for index in torch.arange(len(x)).split(batch_size):
@@ -268,15 +273,15 @@ def _codes(model: VAE, x: Tensor, c: Tensor | None, batch_size: int = 500) -> _C
             kind = KINDS.get(type(q), "none")
             if kind == "none":
                 continue
-            log_sigma, kl = export.log_sigma(q), closed_form_kl(q, model.latent_prior(labels))
-            if log_sigma is not None:
-                sigmas.append(log_sigma)
-            if kl is not None:
-                rates.append(kl.double())
-    each = torch.cat(rates) if rates else None
+            kl = closed_form_kl(q, model.latent_prior(labels))
+            for found, kept in ((export.log_sigma(q), sigmas), (export.scale_tril(q), factors), (kl, rates)):
+                if found is not None:
+                    kept.append(found)
+    each = torch.cat(rates).double() if rates else None
     factorised = each is not None and each.shape[1] == model.latent_dim and bool(each.isfinite().all())
+    log_sigma, scale_tril = (torch.cat(kept).numpy() if kept else None for kept in (sigmas, factors))
     return _Codes(
-        torch.cat(means).numpy(), torch.cat(sigmas).numpy() if sigmas else None, kind, each is not None,
+        torch.cat(means).numpy(), log_sigma, scale_tril, kind, each is not None,
         each.mean(0).tolist() if factorised and each is not None else None,
     )  # fmt: skip
 
@@ -315,7 +320,7 @@ def _metrics(run: Run, protocol: Protocol) -> tuple[list[dict[str, Any]], str, s
     """Rows for the page, why there are none, and how they were measured."""
     seed = f", drawn once with seed {TEST_DRAW_SEED}" if protocol.redrawn else ""
     images = f"Images: protocol '{protocol.name}'{seed}."
-    advice = f"run `vaelab evaluate {run.path.resolve().name}`, then make this page again"
+    advice = f"run `vaelab evaluate {shlex.quote(str(run.path))}`, then make this page again"
     written = run.path / "evaluation.json"
     try:
         kept = load_evaluation(run)

@@ -5,10 +5,13 @@ decoder become one each, with any number of images N in a batch.
 
     encoder    x (N, *X) [, c (N,)]  to  mean (N, D)        of q(z|x), the code
                                          log_sigma (N, D)   log of each dimension's standard deviation; not of a Dirac
+                                         scale_tril (N, D, D)   L of the covariance L L^T; of a full Gaussian only
                                          kl (N, D)          KL(q(z|x) || p(z)) in nats, where it has a closed form; (N, 1)
                                                             where only the total has (a full Gaussian)
     decoder    z (N, D) [, c (N,)]   to  mean (N, *X)       E[x|z], and each parameter of p(x|z) by its name, (N, …)
-    scorer     z (N, D), x (N, *X) [, c (N,)]  to  mean (N, *X), log_px (N,)       log p(x|z) in nats
+    scorer     z (N, D), x (N, *X), u (N, 2, *X) [, c (N,)]  to  mean (N, *X), log_px (N,)    log p(x|z) in nats
+                                         sample (N, *X)     a draw of p(x|z) made of the uniform numbers u, see
+                                                            `vaelab.explore.draws`; where there is one
 
 c are the labels of a conditional model, int64. Of a full Gaussian log_sigma is the log of the marginal deviations
 sqrt((L L^T)_dd), of a Laplace log b + log(2) / 2.
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 from vaelab import __version__
 from vaelab.distributions import Delta, DiagGaussian, Distribution, FullGaussian, Laplace, Transformed, closed_form_kl
 from vaelab.errors import UsageError, unknown_name
+from vaelab.explore.draws import draw
 from vaelab.explore.graph import Graph, NoGraph, require, translate
 from vaelab.models.vae import VAE
 from vaelab.pixels import HALF, LEVELS, LogisticMixture
@@ -61,23 +65,29 @@ def log_sigma(q: Distribution) -> Tensor | None:
     raise UsageError(f"its posterior is a {kind}, whose spread no mean and sigma describe")
 
 
+def scale_tril(q: Distribution) -> Tensor | None:
+    """L of a covariance L L^T, (B, D, D) with zeros above the diagonal; None of a posterior that has no full one."""
+    return q.scale_tril.tril() if isinstance(q, FullGaussian) else None
+
+
 class _Encoder(nn.Module):
-    """Images to mean, log_sigma and, where it has a closed form, kl."""
+    """Images to mean and, where there are such, log_sigma, scale_tril and kl."""
 
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.model = model
         _, x, c = _codes(model, 1)
-        q = model.encode(x, c)
-        found = {"mean": q.mean, "log_sigma": log_sigma(q), "kl": _closed_form_kl(q, model, c)}
-        self.names = [name for name, tensor in found.items() if tensor is not None]
+        self.names = list(self._found(x, c))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(self._found(x, c).values())
+
+    def _found(self, x: Tensor, c: Tensor | None) -> dict[str, Tensor]:
         q = self.model.encode(x, c)
-        found = {"mean": q.mean, "log_sigma": log_sigma(q)}
-        if "kl" in self.names:
-            found["kl"] = _closed_form_kl(q, self.model, c)
-        return tuple(tensor for tensor in found.values() if tensor is not None)
+        found = {
+            "mean": q.mean, "log_sigma": log_sigma(q), "scale_tril": scale_tril(q), "kl": _closed_form_kl(q, self.model, c),
+        }  # fmt: skip
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _closed_form_kl(q: Distribution, model: VAE, c: Tensor | None) -> Tensor | None:
@@ -128,17 +138,27 @@ def _mean(px: Distribution) -> Tensor:
 
 
 class _Scorer(nn.Module):
-    """Codes and images to the mean of p(x|z) and log p(x|z)."""
-
-    names = ("mean", "log_px")
+    """Codes, images and noise to the mean of p(x|z), log p(x|z) and, where p(x|z) can be drawn from, a draw."""
 
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.model = model
+        z, x, c = _codes(model, 1)
+        self.names = list(self._found(z, x, _uniform(x), c))
 
-    def forward(self, z: Tensor, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, z: Tensor, x: Tensor, u: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(self._found(z, x, u, c).values())
+
+    def _found(self, z: Tensor, x: Tensor, u: Tensor, c: Tensor | None) -> dict[str, Tensor]:
         px = self.model.decode(z.unsqueeze(0), c)
-        return _mean(px), px.log_prob(x)[0]
+        found = {"mean": _mean(px), "log_px": px.log_prob(x)[0]}
+        made = draw(px, u) if self.model.likelihood.normalised else None
+        return found if made is None else found | {"sample": made}
+
+
+def _uniform(x: Tensor) -> Tensor:
+    """Uniform numbers (n, 2, *X) in (0, 1] for images (n, *X)."""
+    return 1 - torch.rand(len(x), 2, *x.shape[1:], generator=stream(0, "export draws", len(x)))
 
 
 def encoder(model: VAE, about: Mapping[str, str] | None = None) -> Graph:
@@ -167,9 +187,14 @@ def decoder(model: VAE, about: Mapping[str, str] | None = None) -> Graph:
 
 
 def scorer(model: VAE, about: Mapping[str, str] | None = None) -> Graph:
-    """The graph from codes and images to the mean of p(x|z) and log p(x|z); arguments and errors as in `encoder`."""
+    """The graph from codes, images and noise to the mean of p(x|z), log p(x|z) and a draw; the rest as in `encoder`."""
     with _ready(model) as copied:
-        return _translated(_Scorer(copied), "decoder", ("z", "x"), lambda n: _codes(copied, n), about)
+
+        def given(n: int) -> tuple[Tensor | None, ...]:
+            z, x, c = _codes(copied, n)
+            return z, x, _uniform(x), c
+
+        return _translated(_Scorer(copied), "decoder", ("z", "x", "u"), given, about)
 
 
 def export_run(run: Run, folder: Path, parts: Sequence[str] = PARTS) -> dict[str, Graph]:
@@ -257,7 +282,7 @@ def _translated(
     model = module.model
     return translate(
         module.eval(), (*inputs, *(() if model.classes is None else ("c",))), module.names,
-        lambda n: tuple(t for t in given(n) if t is not None), {**(about or {}), **_facts(model), "part": part},
+        lambda n: tuple(t for t in given(n) if t is not None), {**(about or {}), **_facts(model), "part": part}, ("sample",),
     )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def translate(
     outputs: Sequence[str],
     given: Callable[[int], tuple[Tensor, ...]],
     facts: Mapping[str, str],
+    steps: Sequence[str] = (),
 ) -> Graph:
     """The graph of a module, after it has agreed with it.
 
@@ -86,6 +87,7 @@ def translate(
         outputs: names of what it returns.
         given: makes what it takes for a batch of N.
         facts: the file's metadata; `part` is the graph's name, too.
+        steps: outputs that jump as their inputs cross an edge: one value in 100 may have been rounded to the other side.
 
     Raises:
         NoGraph: something in it has no translation, or the graph disagrees.
@@ -103,7 +105,7 @@ def translate(
     proto = program.model_proto  # type: ignore[union-attr]
     _describe(proto, facts)
     content = proto.SerializeToString(deterministic=True)
-    worst = max(_difference(module, content, inputs, outputs, given(n), part) for n in BATCHES)
+    worst = max(_difference(module, content, inputs, outputs, given(n), part, steps) for n in BATCHES)
     return Graph(content, tuple(inputs), tuple(outputs), worst)
 
 
@@ -184,6 +186,7 @@ def _difference(
     outputs: Sequence[str],
     given: tuple[Tensor, ...],
     part: str,
+    steps: Sequence[str],
 ) -> float:
     """The largest |onnx - torch| over all outputs. Raises NoGraph where it is too large."""
     try:
@@ -196,11 +199,12 @@ def _difference(
         if found[name].shape != expected.shape:
             raise NoGraph(part, f"{here} has the shape {found[name].shape} and torch's has {tuple(expected.shape)}")
         off = np.abs(found[name] - expected.numpy())
-        if not (off <= ATOL + RTOL * expected.abs().numpy()).all():  # so written, a NaN fails
+        near = off <= ATOL + RTOL * expected.abs().numpy()  # so written, a NaN fails
+        if not (near.mean() >= 0.99 if name in steps else near.all()):
             raise NoGraph(
                 part, f"{here} differs from torch's by {off.max():.2g}, more than {ATOL:g} + {RTOL:g} |torch|"
             )
-        worst = max(worst, float(off.max()))
+        worst = max(worst, float(off[near].max(initial=0)))
     return worst
 
 

@@ -223,7 +223,7 @@ def _plane(codes: np.ndarray) -> tuple[np.ndarray, tuple[str, str], str]:
     if dim == 1:
         return codes, ("z", ""), ""
     if dim == 2:
-        return codes, ("z₁", "z₂"), ""
+        return codes, ("z₀", "z₁"), ""
     return codes @ _principal(codes).T, ("first principal axis", "second principal axis"), ", on their principal plane"
 
 

@@ -162,7 +162,7 @@ def latent_space(
     classes: Sequence[str] | None = None,
     title: str = "Latent space",
     prior_sigmas: Sequence[float] = (1, 2, 3),
-    axis_labels: tuple[str, str] = ("z₁", "z₂"),
+    axis_labels: tuple[str, str] = ("z₀", "z₁"),
     limits: Limits | None = None,
 ) -> Figure:
     """Test codes coloured by class, over the prior's circles.
@@ -196,7 +196,7 @@ def latent_space_comparison(
     label_b: str = "without KL",
     title: str = "Two latent spaces on one scale",
     prior_sigmas: Sequence[float] = (1, 2, 3),
-    axis_labels: tuple[str, str] = ("z₁", "z₂"),
+    axis_labels: tuple[str, str] = ("z₀", "z₁"),
 ) -> Figure:
     """The codes (N,2) or (N,1) that two models give the same images, side by side on one scale; see `latent_space`.
 
@@ -232,7 +232,7 @@ def manifold(
     grids: Mapping[str, ArrayLike],
     quantiles: ArrayLike,
     title: str = "Decoded over a grid of prior quantiles",
-    axis_labels: tuple[str, str] = ("z₁", "z₂"),
+    axis_labels: tuple[str, str] = ("z₀", "z₁"),
 ) -> Figure:
     """Images decoded on a grid of equal prior probability, one panel per model.
 

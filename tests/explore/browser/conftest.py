@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from vaelab.data.datasets import Dataset
+from vaelab.data.datasets import Dataset, Images
 from vaelab.distributions import Distribution, closed_form_kl
 from vaelab.explore import bundle, pack, runtime
 from vaelab.models.vae import VAE
@@ -44,6 +44,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "label": ("vae", ANY | {"latent_dim": 2, "classes": 10, "protocol": "levels", "posterior": "Laplace"}),
     "point": ("vae", ANY | {"latent_dim": 2, "posterior": "Delta", "objective": "ELBO(beta=0)"}),
     "flow": ("vae", ANY | {"latent_dim": 2, "posterior": "Planar(layers=2)"}),
+    "tilted": ("vae", ANY | {"latent_dim": 3, "posterior": "FullGaussian"}),
+    "coloured": ("vae", ANY | {"latent_dim": 2, "protocol": "dequantised", "likelihood": "Gaussian"}),
+    "twenty": ("vae", ANY | {"latent_dim": 20}),
+    "twenty again": ("vae", ANY | {"latent_dim": 20, "seed": 1}),
     "grey line": ("mnist", {"latent_dim": 1, "hidden": (64,)}),
 }
 """What the runs of these tests are called, with recipe and fields."""
@@ -52,15 +56,31 @@ SILENCED = [1, 4]
 
 
 @pytest.fixture(scope="session")
-def run_of(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+def data_of(digits: Dataset) -> Callable[[str], Dataset]:
+    """The data of a run by its name: the digits, or digits of three channels and twelve classes."""
+
+    def painted(images: Images) -> Images:
+        assert images.labels is not None
+        labels = np.where(np.arange(len(images)) % 2, images.labels, images.labels + 10 * (images.labels < 2))
+        shares = np.stack([labels % 3 + 1, labels % 4 + 1, labels % 5 + 1], 1) / (3, 4, 5)
+        pixels = np.rint(images.pixels * shares[:, :, None, None]).astype(np.uint8)
+        return Images(pixels, labels.astype(images.labels.dtype))
+
+    names = (*(digits.classes or ()), "zero in another colour", "one in another colour")
+    coloured = Dataset("coloured", painted(digits.train), painted(digits.test), names, "")
+    return lambda name: coloured if name == "coloured" else digits
+
+
+@pytest.fixture(scope="session")
+def run_of(data_of: Callable[[str], Dataset], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """A trained run by its name in `RUNS`; tests must not change it."""
     folder = tmp_path_factory.mktemp("runs")
 
     @functools.cache
     def trained(name: str) -> Run:
-        chosen, fields = RUNS[name]
-        resolved = recipe(chosen, digits.shape, data="digits", epochs=30, batch_size=64, **fields)
-        run = train(resolved, digits, folder / name.replace(" ", "-"))
+        (chosen, fields), data = RUNS[name], data_of(name)
+        resolved = recipe(chosen, data.shape, data=data.name, epochs=30, batch_size=64, **fields)
+        run = train(resolved, data, folder / name.replace(" ", "-"))
         if name == "six":
             model = run.model()
             head = model.posterior.head
@@ -74,9 +94,11 @@ def run_of(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 @pytest.fixture(scope="session")
-def bundle_of(run_of: Callable[[str], Run], digits: Dataset) -> Callable[..., bundle.Bundle]:
+def bundle_of(run_of: Callable[[str], Run], data_of: Callable[[str], Dataset]) -> Callable[..., bundle.Bundle]:
     """The bundle of one run or two, by their names."""
-    return functools.cache(lambda *names: bundle.build([bundle.Exhibit(name, run_of(name)) for name in names], digits))
+    return functools.cache(
+        lambda *names: bundle.build([bundle.Exhibit(name, run_of(name)) for name in names], data_of(names[0]))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -156,11 +178,11 @@ class View:
         self.settle()
         return self.ask("state()")["z"]
 
-    def canvas(self, selector: str) -> np.ndarray:
-        """The red channel of a canvas, (H, W) bytes."""
+    def canvas(self, selector: str, colours: bool = False) -> np.ndarray:
+        """The red channel of a canvas, (H, W) bytes; or red, green and blue, (H, W, 3)."""
         picture = self.page.locator(selector).first.evaluate("(canvas) => canvas.toDataURL()")
         with Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))) as image:
-            return np.array(image)[:, :, 0]
+            return np.array(image)[:, :, :3] if colours else np.array(image)[:, :, 0]
 
     def decoded(self, run: int = 0) -> np.ndarray:
         """The mean that is shown at z, (P,)."""
@@ -181,6 +203,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., View]]:
         state: str = "c=0",
         touch: bool = False,
         ready: bool = True,
+        before: str = "",
     ) -> View:
         context = browser.new_context(
             viewport={"width": size[0], "height": size[1]},
@@ -189,6 +212,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., View]]:
         )
         contexts.append(context)
         view = View(context.new_page())
+        if before:
+            view.page.add_init_script(before)
         view.page.on("console", lambda m: view.errors.append(m.text) if m.type in ("error", "warning") else None)
         view.page.on("pageerror", lambda error: view.errors.append(str(error)))
         view.page.on("request", lambda request: view.requests.append(request.url))

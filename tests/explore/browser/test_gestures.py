@@ -81,6 +81,34 @@ def test_a_finger_moves_z_and_a_tap_pins(visit, page_of) -> None:
     assert state["z"] == state["a"]
 
 
+def test_two_fingers_zoom_and_pan_and_pin_nothing(visit, page_of) -> None:
+    view = visit(page_of("with KL"), size=(360, 740), touch=True)
+    view.page.locator("#maps").scroll_into_view_if_needed()
+    start = view.ask("state()")
+    middle = [0.3, 0.2]
+    x, y = view.pixel(middle)
+    session = view.page.context.new_cdp_session(view.page)
+
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": px, "y": py, "id": i} for i, (px, py) in enumerate(places)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", (x - 20, y))
+    touch("touchStart", (x - 20, y), (x + 20, y))
+    for half in (25, 30, 40):
+        touch("touchMove", (x - half, y), (x + half, y))
+    view.settle()
+    zoomed = view.ask("state()")
+    assert zoomed["view"][2] == pytest.approx(start["view"][2] / 2, rel=0.02)
+    np.testing.assert_allclose(view.pixel(middle), (x, y), atol=2)  # the place between the fingers stays
+    touch("touchMove", (x - 40 + 30, y + 24), (x + 40 + 30, y + 24))
+    touch("touchEnd")
+    view.settle()
+    np.testing.assert_allclose(view.pixel(middle), (x + 30, y + 24), atol=2)
+    end = view.ask("state()")
+    assert (end["a"], end["b"], end["z"]) == (start["a"], start["b"], start["z"])
+
+
 def test_the_address_restores_the_view(visit, page_of) -> None:
     view = visit(page_of(*PAIR))
     start = view.ask("state()")["view"]

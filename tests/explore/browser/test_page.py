@@ -2,11 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from vaelab.explore import bundle, pack
 
-PAIR = ("with KL", "without KL")
+PAIR, MANY = ("with KL", "without KL"), ("twenty", "twenty again")
 
 
 def failed(view) -> str:
@@ -29,6 +30,11 @@ def test_there_is_something_to_see_before_the_first_gesture(visit, page_of) -> N
 def test_a_page_from_the_disk_asks_for_nothing(visit, page_of) -> None:
     view = visit(page_of(*PAIR))
     assert [url for url in view.requests if not url.startswith(("data:", "blob:"))] == [page_of(*PAIR).as_uri()]
+
+
+def test_a_browser_of_before_2025_unpacks_the_same(visit, page_of) -> None:
+    older = visit(page_of("with KL"), state="z=0.5,-0.8", before="delete Uint8Array.fromBase64")
+    assert (older.decoded() == visit(page_of("with KL"), state="z=0.5,-0.8").decoded()).all()
 
 
 def test_the_folder_shows_the_same_over_http(visit, page_of, bundle_of, parts, served) -> None:
@@ -145,6 +151,16 @@ def test_a_run_that_was_not_evaluated_says_how_to(visit, page_of) -> None:
     assert "vaelab evaluate" in visit(page_of("with KL")).page.locator("#facts").inner_text()
 
 
+def test_a_training_that_was_interrupted_is_said_beside_the_numbers(visit, page_of, bundle_of, parts, tmp_path) -> None:
+    assert "interrupted" not in visit(page_of("with KL")).page.locator("body").inner_text()
+    made = bundle_of("with KL")
+    run = made.manifest["runs"][0] | {"interrupted": "training was interrupted after 3 of 30 epochs"}
+    view = visit(changed(tmp_path, made, parts, {"runs": [run]}))
+    assert "training was interrupted" in view.page.locator("#facts").inner_text()
+    view.page.locator("#numbers-open").click()
+    assert "after 3 of 30 epochs" in view.page.locator("#numbers").inner_text()
+
+
 def test_names_in_a_manifest_are_text(visit, bundle_of, parts, tmp_path) -> None:
     made = bundle_of("with KL")
     evil = "</script><img src=x onerror=alert(1)>"
@@ -161,13 +177,16 @@ OVERFLOWING = """() => {
     return e.checkVisibility() && box.width && (box.right > width + 0.5 || box.left < -0.5);
   }).map((e) => e.id || e.className || e.tagName);
 }"""
-CUT = """() => Array.from(document.querySelectorAll("section:not(#traverse)")).filter((e) =>
+CUT = """() => Array.from(document.querySelectorAll("section")).filter((e) =>
   e.scrollHeight > e.clientHeight + 1).map((e) => e.id)"""
 CLIPPED = """() => Array.from(document.querySelectorAll("button, h1, h2, h3, label, figcaption, #facts p")).filter((e) =>
   e.checkVisibility() && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline").map((e) => e.outerHTML)"""
 
 
-@pytest.mark.parametrize("names", [PAIR, ("six",), ("grey line",), ("label",), ("flow",)], ids="-".join)
+SHOWN = [PAIR, ("six",), ("twenty",), MANY, ("grey line",), ("label",), ("coloured",), ("flow",)]
+
+
+@pytest.mark.parametrize("names", SHOWN, ids="-".join)
 @pytest.mark.parametrize("size", [(1280, 720), (360, 740)], ids=["wide", "narrow"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_its_window(visit, page_of, artefacts, names, size, scheme) -> None:
@@ -183,6 +202,69 @@ def test_the_page_fits_its_window(visit, page_of, artefacts, names, size, scheme
         assert view.page.evaluate(CUT) == []
     dark = view.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
     assert dark == (scheme == "dark")
+
+
+@pytest.mark.parametrize(
+    ("names", "axes"),
+    [(PAIR, "0,1"), (("six",), "0,1"), (("six",), "principal"), (MANY, "0,1"), (MANY, "principal")],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else value,
+)
+def test_words_on_a_narrow_map_are_apart_and_whole(visit, page_of, names, axes) -> None:
+    view = visit(page_of(*names), size=(360, 740), state=f"axes={axes}")
+    u, v, span = view.ask("state()")["view"]
+    view.page.evaluate(f"location.hash = '#axes={axes}&x=3&view={u},{v + 1.5 * span},{span}'")
+    view.settle()
+    box = view.page.locator(".over").first.bounding_box()
+    view.page.mouse.move(box["x"] + 20, box["y"] + 40)
+    view.settle()
+    assert view.page.locator(".tag").first.inner_text() == "no data lives here"
+    for run in range(len(names)):
+        width, height, *tag = (
+            view.page.locator(".stack")
+            .nth(run)
+            .evaluate(
+                "(s) => { const t = s.querySelector('.tag'); return [s.clientWidth, s.clientHeight, t.offsetLeft, t.offsetTop,"
+                " t.offsetLeft + t.offsetWidth, t.offsetTop + t.offsetHeight]; }"
+            )
+        )
+        assert width > 300 and height > 200
+        boxes = [[word[side] for side in ("left", "top", "right", "bottom")] for word in view.ask("words", run)]
+        assert len(boxes) >= 3
+        assert all(x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height for x0, y0, x1, y1 in boxes)
+        for i, one in enumerate([tag, *boxes]):
+            for other in boxes[i:]:
+                apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+                assert apart, (one, other, view.ask("words", run))
+
+
+def test_many_dimensions_come_a_page_at_a_time(visit, page_of, torch_of, bundle_of) -> None:
+    view = visit(page_of("twenty"))
+    order = np.argsort(-np.array(bundle_of("twenty").manifest["runs"][0]["rates"]), kind="stable")
+
+    def shown() -> list[int]:
+        return view.page.locator("#sliders input").evaluate_all(
+            "(all) => all.filter((e) => e.checkVisibility()).map((e) => Number(e.id.slice(7)))"
+        )
+
+    assert shown() == order[:10].tolist()
+    assert view.page.locator("#sliders-note").inner_text() == "1–10 of 20, most rate first"
+    assert view.page.locator("#sliders-before").is_disabled()
+    view.page.locator("#sliders-after").click()
+    view.settle()
+    assert shown() == order[10:].tolist()
+    assert view.page.locator("#sliders-after").is_disabled()
+    slider, z = view.page.locator(f"#slider-{order[10]}"), view.ask("state()")["z"]
+    z[order[10]] = -float(slider.get_attribute("max"))
+    strip = view.canvas(f".slider:has(#slider-{order[10]}) canvas")
+    assert np.abs(strip[:, :8].ravel() - 255 * torch_of("twenty").mean(z)).max() <= 0.51
+    view.page.locator("#sliders-before").click()
+    assert shown() == order[:10].tolist()
+
+
+def test_two_runs_of_many_dimensions_show_six_at_a_time(visit, page_of) -> None:
+    view = visit(page_of(*MANY))
+    assert view.page.locator("#sliders-note").inner_text() == "1–6 of 20, most rate first"
+    assert "the sliders set the other 18 dimensions" in view.page.locator("#where").inner_text()
 
 
 def test_the_theme_can_be_switched(visit, page_of) -> None:

@@ -24,12 +24,96 @@ def test_hovering_shows_what_torch_decodes_at_that_place_in_both_runs(visit, pag
             assert np.abs(shown.astype(float).ravel() - 255 * expected).max() <= 0.51
 
 
-def test_the_sample_beside_the_mean_has_bits_only(visit, page_of) -> None:
-    view = visit(page_of("with KL"))
-    view.hover([0.5, -0.8])
-    assert set(np.unique(view.canvas(".pictures figure:nth-child(2) canvas"))) == {0, 255}
+@pytest.mark.parametrize(("name", "values"), [("with KL", {0, 1}), ("label", None), ("coloured", None)])
+def test_the_sample_beside_the_mean_is_drawn_anew_from_the_likelihood(visit, page_of, torch_of, name, values) -> None:
+    view = visit(page_of(name))
+    z, drawn = view.hover([0.5, -0.8]), []
+    for i in range(40):
+        view.hover([0.5, -0.8 + 0.01 * (i % 2)])
+        shown = view.ask("decodings()")[0]["samples"][0]
+        drawn.append(shown)
+        if i % 8 == 0:
+            red = np.clip(np.round(255 * np.array(shown[:64])), 0, 255)
+            assert np.abs(view.canvas(".pictures figure:nth-child(2) canvas").ravel() - red).max() <= 1
+    found = np.array(drawn)
+    assert len(np.unique(found, axis=0)) == 40
+    if values:
+        assert set(np.unique(found)) == values
+    if name == "label":
+        np.testing.assert_allclose(found * 255, np.rint(found * 255), atol=1e-4)  # grey levels
+    c = 0 if name == "label" else None
+    with torch.no_grad():
+        px = torch_of(name).model.decode(torch.tensor([[z]]), None if c is None else torch.tensor([c]))
+        many = px.rsample(4000, torch.Generator().manual_seed(0)).flatten(1)
+    error = (found.mean(0) - many.mean(0).numpy()) / (many.std(0).numpy() / np.sqrt(40) + 0.02)
+    assert np.abs(error).max() < 4
+    spread = found.std(0).mean() / many.std(0).numpy().mean()
+    assert 0.9 < spread < 1.1
     captions = view.page.locator(".pictures figcaption").all_inner_texts()
     assert captions == ["mean of p(x|z)", "a sample of p(x|z)"]
+
+
+def test_images_of_three_channels_keep_their_colours(visit, page_of, torch_of, bundle_of) -> None:
+    view = visit(page_of("coloured"), state="x=11&layers=points,digits")
+    z = view.hover([0.5, -0.8])
+    expected = torch_of("coloured").mean(z).reshape(3, 8, 8)
+    close(view.decoded(), expected.ravel())
+    shown = view.canvas(".pictures canvas", colours=True)
+    assert np.abs(shown - np.clip(255 * expected.transpose(1, 2, 0), 0, 255)).max() <= 0.51
+    images = np.frombuffer(bundle_of("coloured").pieces["test.u8"], np.uint8).reshape(-1, 3, 8, 8)
+    np.testing.assert_array_equal(view.canvas("#pad", colours=True), images[11].transpose(1, 2, 0))
+    np.testing.assert_array_equal(
+        view.canvas("#picker button:nth-child(3) canvas", colours=True), images[2].transpose(1, 2, 0)
+    )
+    stroke(view, SEVEN)
+    x = np.array(view.ask("input()"), np.float32).reshape(3, 8, 8)
+    assert (x == x[0]).all() and x.max() == 1
+    close(view.ask("posteriors()")[0]["mean"], torch_of("coloured").posterior(x).mean[0])
+
+
+def test_more_classes_than_colours_are_told_apart_by_their_markers(visit, page_of) -> None:
+    view = visit(page_of("coloured"))
+    names = view.page.locator("#legend span").all_inner_texts()
+    assert len(names) == 13 and names[10] == "zero in another colour"
+    style = "(all) => all.map((i) => getComputedStyle(i).backgroundColor + getComputedStyle(i).borderRadius)"
+    assert len(set(view.page.locator("#legend i").evaluate_all(style))) == 13
+
+
+def test_where_there_is_no_sample_the_page_says_why(visit, page_of) -> None:
+    view = visit(page_of("grey line"))
+    assert "a cross-entropy on grey levels is of no distribution" in view.page.locator(".pictures").inner_text()
+    assert view.page.locator(".pictures canvas").count() == 1
+
+
+def test_a_full_covariance_tilts_the_ellipse_and_the_draws(visit, page_of, torch_of, bundle_of) -> None:
+    view = visit(page_of("tilted"), state="x=3")
+    (found,) = view.ask("posteriors()")
+    x = np.array(view.ask("input()"), np.float32).reshape(1, 8, 8)
+    q = torch_of("tilted").posterior(x)
+    factor = q.scale_tril[0].tril().numpy()
+    covariance = factor @ factor.T
+    assert np.abs(np.corrcoef(np.linalg.inv(factor))).max() > 0.05  # or there is nothing to be seen
+    close(np.reshape(found["tril"], (3, 3)), factor)
+    close(found["distortion"], -torch_of("tilted").log_px(found["draws"], x).mean())
+    close(found["rate"], torch_of("tilted").kl(x).sum())
+    draws = []
+    for _ in range(40):
+        view.page.keyboard.press("r")
+        view.settle()
+        draws += view.ask("posteriors()")[0]["draws"]
+    white = (np.array(draws) - found["mean"]) @ np.linalg.inv(factor).T
+    np.testing.assert_allclose(np.cov(white.T), np.eye(3), atol=5 / np.sqrt(640))
+    shown = view.page.evaluate(
+        """async ([axes, sigma, tril]) => {
+          const { Plane, ellipse } = await import("vaelab/latent");
+          return ellipse(Plane.ofDimensions(axes, 3).spread({ sigma, tril }));
+        }""",
+        [[2, 0], found["sigma"], found["tril"]],
+    )
+    lengths, directions = np.linalg.eigh(covariance[np.ix_([2, 0], [2, 0])])
+    np.testing.assert_allclose([shown["b"], shown["a"]], np.sqrt(lengths), rtol=1e-4)
+    along = np.array([np.cos(shown["angle"]), np.sin(shown["angle"])])
+    assert abs(along @ directions[:, 1]) == pytest.approx(1, abs=1e-6)
 
 
 def stroke(view, points) -> None:
@@ -231,6 +315,8 @@ def test_dead_dimensions_are_greyed_and_axes_are_sorted_by_rate(visit, page_of, 
     order = np.argsort(-rates, kind="stable")
     assert [int(value) for value, _ in options[:-1]] == order.tolist()
     assert options[-1] == ["principal", "principal plane"]
+    assert [text[:2] for _, text in options[:-1]] == ["z" + "₀₁₂₃₄₅"[d] for d in order]  # as in Python
+    assert f"axes={order[0]},{order[1]}" in view.ask("address()")
     assert [("(dead)" in text) for _, text in options[:-1]] == (rates[order] < 0.01).tolist()
     assert view.page.locator(".slider.dead").count() == (rates < 0.01).sum()
     assert view.ask("state()")["axes"] == order[:2].tolist()

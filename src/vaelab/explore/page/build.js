@@ -5,7 +5,7 @@ import { LatentMap } from "vaelab/map";
 import { Pad } from "vaelab/pad";
 import { DecodingPanel, Picker, PosteriorPanel } from "vaelab/panels";
 import { fillFacts } from "vaelab/paper";
-import { colour, element, sprites } from "vaelab/picture";
+import { PALETTE, colour, element } from "vaelab/picture";
 import { LAYERS, read, rounded, spell } from "vaelab/state";
 import { byRate, dimensionName, Film, isDead, ratesOf, Sliders } from "vaelab/traverse";
 
@@ -14,7 +14,7 @@ const byId = (id) => document.getElementById(id);
 /** Makes all parts of the page, and the state from its address. */
 export function build(app, manifest, images, models) {
   const { data } = manifest;
-  Object.assign(app, { images, models, atlas: sprites(images) });
+  Object.assign(app, { images, models });
   const dims = models.map(({ dim }) => dim);
   app.dim = Math.max(...dims);
   app.common = Math.min(...dims);
@@ -83,6 +83,7 @@ function buildLegend({ classes }) {
   const swatch = (label) => {
     const dot = element("i");
     dot.style.background = colour(label);
+    if (label >= PALETTE.length) dot.style.borderRadius = 0;
     return dot;
   };
   if (classes)
@@ -140,6 +141,8 @@ export function connect(app) {
     resample: app.resample,
     previous: () => app.picker.turn(-1),
     following: () => app.picker.turn(1),
+    "sliders-before": () => app.sliders.turn(-1),
+    "sliders-after": () => app.sliders.turn(1),
     fit: app.fit,
     hole: app.goToHole,
     "draw-prior": app.samplePrior,

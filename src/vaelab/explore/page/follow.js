@@ -9,7 +9,7 @@ import { Aggregate, Plane } from "vaelab/latent";
 import { cells } from "vaelab/map";
 import { later } from "vaelab/model";
 import { asSeen } from "vaelab/pad";
-import { tile } from "vaelab/picture";
+import { element, tile } from "vaelab/picture";
 import { spell } from "vaelab/state";
 import { dimensionName } from "vaelab/traverse";
 
@@ -49,17 +49,17 @@ export function installFollowers(app, timings) {
     const z = app.position();
     try {
       app.decodings = await Promise.all(
-        app.models.map((model) => model.decoder && model.decode([z], { c: app.state.c })),
+        app.models.map((model) => model.decoder && model.decode([z], { c: app.state.c, u: () => 1 - Math.random() })),
       );
       const where = app.plane.project(z);
       app.maps.forEach((map, i) => {
         map.hasData = !map.aggregate || map.aggregate.hasData(...where);
-        app.panels[i].show(app.decodings[i]?.means[0], map.hasData);
+        app.panels[i].show(app.decodings[i], map.hasData);
         app.panels[i].showNeighbours(z, app.hovered ? null : map.posterior);
         map.drawOver();
       });
       app.sliders.follow(z);
-      byId("where").textContent = whereIs(z);
+      byId("where").replaceChildren(...whereIs(z));
       if (arrived) timings.hover.push(performance.now() - arrived);
       if (app.arrived === arrived) app.arrived = null;
     } finally {
@@ -74,11 +74,12 @@ export function installFollowers(app, timings) {
   /** z in words: all of a short one, else the shown dimensions. */
   function whereIs(z) {
     const number = (value) => value.toFixed(2).replace("-", "−");
-    if (z.length === 1) return `z = ${number(z[0])}`;
-    if (z.length <= 4) return `z = (${z.map(number).join(", ")})`;
-    const others = `the other ${z.length - 2} dimensions are where the sliders are`;
-    if (app.state.axes === "principal") return `principal plane at (${app.plane.project(z).map(number).join(", ")})`;
-    return `${app.state.axes.map((d) => `${dimensionName(d)} = ${number(z[d])}`).join(", ")}; ${others}`;
+    if (z.length === 1) return [`z = ${number(z[0])}`];
+    if (z.length <= 4) return [`z = (${z.map(number).join(", ")})`];
+    const { axes } = app.state;
+    if (axes === "principal") return [`principal plane at (${app.plane.project(z).map(number).join(", ")})`];
+    const others = element("small", {}, `the sliders set the other ${z.length - 2} dimensions`);
+    return [axes.map((d) => `${dimensionName(d)} = ${number(z[d])}`).join(", "), others];
   }
 
   function address() {

@@ -33,13 +33,12 @@ export class Plane {
     return z.map((value, i) => value + (u - u0) * this.rows[0][i] + (this.flat ? 0 : (v - v0) * this.rows[1][i]));
   }
 
-  /** Variances and covariance (uu, vv, uv) on the plane of independent dimensions with these standard deviations. */
-  spread(sigma) {
-    const [a, b] = this.rows;
-    const sum = (f) => sigma.reduce((total, s, i) => total + s * s * f(i), 0);
-    return this.flat
-      ? [sum((i) => a[i] ** 2), 0, 0]
-      : [sum((i) => a[i] ** 2), sum((i) => b[i] ** 2), sum((i) => a[i] * b[i])];
+  /** Variances and covariance (uu, vv, uv) on the plane, of independent dimensions (`sigma`) or of L L^T (`tril`: L). */
+  spread({ sigma, tril }) {
+    const through = (row) =>
+      sigma.map((s, j) => (tril ? sigma.reduce((sum, _, i) => sum + row[i] * tril[i * sigma.length + j], 0) : row[j] * s));
+    const [a, b] = this.rows.map(through);
+    return this.flat ? [dot(a, a), 0, 0] : [dot(a, a), dot(b, b), dot(a, b)];
   }
 }
 
@@ -73,10 +72,7 @@ export class Aggregate {
       n ** (plane.flat ? -1 / 5 : -1 / 6) *
       Math.max(1e-6, Math.min(...[this.u, this.v].slice(0, plane.flat ? 1 : 2).map(deviation)));
     this.parts = Array.from({ length: n }, (_, i) => {
-      const sigma = model.logSigma
-        ? Array.from(model.logSigma.subarray(i * model.dim, (i + 1) * model.dim), Math.exp)
-        : [];
-      const [uu, vv, uv] = sigma.length ? plane.spread(sigma) : [0, 0, 0];
+      const [uu, vv, uv] = model.logSigma ? plane.spread(model.spread(i)) : [0, 0, 0];
       return this.#component(uu + this.h ** 2, plane.flat ? 1 / (2 * Math.PI) : vv + this.h ** 2, uv);
     });
     const stride = Math.max(1, Math.floor(n / 600));
@@ -200,6 +196,12 @@ export function spherical(a, b, t) {
   if (angle < 1e-6) return straight(a, b, t);
   return a.map((value, i) => (Math.sin((1 - t) * angle) * value + Math.sin(t * angle) * b[i]) / Math.sin(angle));
 }
+
+/** mean + L e, of a posterior with independent dimensions (`sigma`) or a full covariance (`tril`: L, lower triangular). */
+export const moved = ({ mean, sigma, tril }, e) =>
+  mean.map((value, d) =>
+    tril ? e.slice(0, d + 1).reduce((sum, noise, j) => sum + tril[d * e.length + j] * noise, value) : value + sigma[d] * e[d],
+  );
 
 /** One draw of N(0, 1) (Box & Muller 1958). */
 export const gaussian = () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());

@@ -1,40 +1,70 @@
 /* The layers of a map that stay while the pointer moves. Each is given the map, which says where things are, and a context. */
 
-import { colour } from "vaelab/picture";
+import { PALETTE, colour, sprites } from "vaelab/picture";
 
 /** Inks that are read on a grid of dark pictures, whatever the theme. */
 export const ON_PICTURES = { ink: "#ffffff", soft: "#dddddd", paper: "#000000", warn: "#f0a23c" };
 
-/** Ticks and names of the axes, along the edges. */
+/** Writes words where they fit into the map and none stand yet: what is more important is written first. */
+function write(map, context, ink, words, x, y, { align = "center", size = 11, weight = 400 } = {}) {
+  context.font = `${weight} ${size}px system-ui, sans-serif`;
+  context.textAlign = align;
+  const { width } = context.measureText(words);
+  const left = x - width * { left: 0, center: 0.5, right: 1 }[align];
+  const box = { words, left: left - 3, top: y - size, right: left + width + 3, bottom: y + 3 };
+  const outside = box.left < 0 || box.top < 0 || box.right > map.width || box.bottom > map.height;
+  const taken = map.written.some(
+    (other) =>
+      other.left < box.right && box.left < other.right && other.top < box.bottom && box.top < other.bottom,
+  );
+  if (outside || taken) return;
+  map.written.push(box);
+  context.strokeStyle = ink.paper;
+  context.lineWidth = 3;
+  context.strokeText(words, x, y);
+  context.fillText(words, x, y);
+  context.lineWidth = 1;
+}
+
+/** Names and ticks of the axes, along the edges. */
 export function drawScales(map, context, ink) {
   const { app, width, height } = map;
   context.fillStyle = ink.soft;
-  context.strokeStyle = ink.paper;
-  context.lineWidth = 3;
-  context.font = "11px system-ui, sans-serif";
-  const write = (...words) => {
-    context.strokeText(...words);
-    context.fillText(...words);
-  };
-  const scales = [
-    [width, (s) => map.at(s, 0)[0], "x"],
-    [height, (s) => map.at(0, s)[1], "y"],
-  ].slice(0, map.plane.flat ? 1 : 2);
-  for (const [length, value, axis] of scales) {
-    const across = axis === "x";
-    const name = app.axisName(across ? 0 : 1);
-    const room = across ? context.measureText(name).width + 40 : 24;
-    const ends = [value(0), value(length)].sort((a, b) => a - b);
-    for (const tick of d3.ticks(...ends, Math.max(2, length / 90))) {
-      const place = across ? map.x(tick) : map.y(tick);
-      context.textAlign = across ? "center" : "left";
-      context.fillRect(across ? place : 0, across ? height - 4 : place, across ? 1 : 4, across ? 4 : 1);
-      if (place > 24 && place < length - room)
-        write(String(tick).replace("-", "−"), across ? place : 7, across ? height - 7 : place + 4);
-    }
-    context.textAlign = across ? "right" : "left";
-    write(name, across ? width - 6 : 6, across ? height - 7 : 13);
+  write(map, context, ink, app.axisName(0), width - 6, height - 7, { align: "right" });
+  if (!map.plane.flat) write(map, context, ink, app.axisName(1), 6, 13, { align: "left" });
+  const ticks = (from, to, length) => d3.ticks(Math.min(from, to), Math.max(from, to), Math.max(2, length / 90));
+  const text = (tick) => String(tick).replace("-", "−");
+  for (const tick of ticks(map.at(0, 0)[0], map.at(width, 0)[0], width)) {
+    context.fillRect(map.x(tick), height - 4, 1, 4);
+    if (map.x(tick) > 24) write(map, context, ink, text(tick), map.x(tick), height - 7);
   }
+  if (map.plane.flat) return;
+  for (const tick of ticks(map.at(0, 0)[1], map.at(0, height)[1], height)) {
+    context.fillRect(0, map.y(tick), 4, 1);
+    if (map.y(tick) < height - 24) write(map, context, ink, text(tick), 7, map.y(tick) + 4, { align: "left" });
+  }
+}
+
+/** The prior's sigmas, and each class's name at its codes' median. */
+export function drawNames(map, context, ink) {
+  const { images, state } = map.app;
+  context.fillStyle = ink.ink;
+  if (state.layers.includes("prior") && map.model.run.prior.kind === "standard-normal") {
+    const [cu, cv] = map.centreOfPrior();
+    for (const sigma of [3, 2, 1]) {
+      const [x, y] = map.plane.flat ? [map.x(cu + sigma), 29] : [map.x(cu), map.y(cv + sigma)];
+      if (y > 0) write(map, context, ink, `${sigma}σ`, x, Math.max(y - 3, 12), { weight: 600 });
+    }
+  }
+  const { classes } = images.data;
+  if (!state.layers.includes("points") || !map.aggregate || !images.labels || classes.length > 20) return;
+  const middle = (values) => d3.rollup(d3.range(values.length), (own) => d3.median(own, (i) => values[i]), images.label);
+  const [across, up] = [middle(map.u), middle(map.v)];
+  for (const label of [...across.keys()].sort(d3.ascending))
+    write(map, context, ink, images.name(label), map.x(across.get(label)), map.y(up.get(label)) + 5, {
+      size: 14,
+      weight: 600,
+    });
 }
 
 /** The decodings of a grid over the window. */
@@ -93,14 +123,11 @@ function drawCurves(map, context, ink) {
 /** The circles of one, two and three standard deviations of N(0, I); lines in one dimension. */
 export function drawPrior(map, context, ink) {
   if (map.model.run.prior.kind !== "standard-normal") return;
-  const [cu, cv] = map.plane.project(new Array(map.model.dim).fill(0));
-  context.fillStyle = ink.ink;
-  context.font = "600 11px system-ui, sans-serif";
-  context.textAlign = "center";
+  const [cu, cv] = map.centreOfPrior();
+  context.strokeStyle = ink.ink;
+  context.lineWidth = 1.5;
+  context.setLineDash([2, 4]);
   for (const sigma of [1, 2, 3]) {
-    context.strokeStyle = ink.ink;
-    context.lineWidth = 1.5;
-    context.setLineDash([2, 4]);
     context.beginPath();
     if (map.plane.flat)
       for (const side of [-sigma, sigma]) {
@@ -109,21 +136,17 @@ export function drawPrior(map, context, ink) {
       }
     else context.arc(map.x(cu), map.y(cv), sigma * map.scale, 0, 2 * Math.PI);
     context.stroke();
-    context.setLineDash([]);
-    const place = [map.x(cu + (map.plane.flat ? sigma : 0)), map.plane.flat ? 26 : map.y(cv + sigma) - 3];
-    context.strokeStyle = ink.paper;
-    context.lineWidth = 3;
-    context.strokeText(`${sigma}σ`, ...place);
-    context.fillText(`${sigma}σ`, ...place);
   }
+  context.setLineDash([]);
   context.lineWidth = 1;
 }
 
-/** The codes of the test images, as dots or as the images themselves, and each class's name at its median. */
-export function drawCodes(map, context, ink) {
-  const { images, atlas, state } = map.app;
+/** The codes of the test images, as dots or as the images themselves. */
+export function drawCodes(map, context) {
+  const { images, state } = map.app;
   const zoomed = Math.sqrt(map.scale / 50);
   const asImages = state.layers.includes("digits");
+  const atlas = asImages && (map.app.atlas ??= sprites(images)); // 0.2 s of 2000 images: not before they are asked for
   const size = asImages ? Math.min(40, Math.max(11, 13 * zoomed)) : Math.min(4.5, Math.max(1.6, 2.1 * zoomed));
   context.globalAlpha = asImages ? 0.95 : 0.65;
   for (let i = 0; i < map.u.length; i++) {
@@ -146,24 +169,9 @@ export function drawCodes(map, context, ink) {
     const label = images.label(i);
     context.fillStyle = colour(label);
     context.beginPath();
-    if ((label ?? 0) < 10) context.arc(x, y, size, 0, 2 * Math.PI);
+    if ((label ?? 0) < PALETTE.length) context.arc(x, y, size, 0, 2 * Math.PI);
     else context.rect(x - size, y - size, 2 * size, 2 * size);
     context.fill();
   }
   context.globalAlpha = 1;
-  if (!images.labels || images.data.classes.length > 20) return;
-  context.font = "600 14px system-ui, sans-serif";
-  context.textAlign = "center";
-  context.lineWidth = 4;
-  for (let label = 0; label < images.data.classes.length; label++) {
-    const own = d3.range(map.u.length).filter((i) => images.label(i) === label);
-    if (!own.length) continue;
-    const x = map.x(d3.median(own, (i) => map.u[i])),
-      y = map.y(d3.median(own, (i) => map.v[i])) + 5;
-    context.strokeStyle = ink.paper;
-    context.fillStyle = ink.ink;
-    context.strokeText(images.name(label), x, y);
-    context.fillText(images.name(label), x, y);
-  }
-  context.lineWidth = 1;
 }

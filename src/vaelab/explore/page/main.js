@@ -43,6 +43,7 @@ window.__vaelab = Object.freeze({
   decodings: () => plain(app.decodings),
   frames: () => plain(app.film.frames),
   grid: () => plain(app.maps.map(({ grid }) => grid?.map(({ z, mean }) => ({ z, mean })) ?? null)),
+  words: (run) => plain(app.maps[run].written),
   pixel: (run, z) => app.maps[run].pixel(z),
   hasData: (run, z) => app.maps[run].aggregate.hasData(...app.plane.project(z)),
   settled: () => app.settled(),
@@ -94,7 +95,7 @@ app.inks = () => {
 app.axisName = (i) => {
   if (app.state.axes === "principal") {
     const share = app.models[0].run.components.share[i];
-    return `principal ${i + 1} (${(100 * share).toFixed(0)} % of the codes' variance)`;
+    return `principal ${i + 1} (${(100 * share).toFixed(0)} % of variance)`;
   }
   const d = app.state.axes[i];
   const rates = ratesOf(app.models, d)
@@ -109,8 +110,7 @@ async function start() {
   document.title = byId("title").textContent = manifest.title;
   const images = new Images(data, await piece(data.pixels), data.labels ? await piece(data.labels) : null);
   const ort = await runtime();
-  const models = [];
-  for (const run of manifest.runs) models.push(await Model.load(ort, run, data));
+  const models = await Promise.all(manifest.runs.map((run) => Model.load(ort, run, data)));
   document.documentElement.dataset.state = "shown";
   installFollowers(app, timings);
   installGestures(app, notice);

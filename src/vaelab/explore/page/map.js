@@ -1,7 +1,7 @@
 /* One latent map: codes, density, prior and grid on one canvas; pointer, posterior, pins and path on another above it. */
 
 import { ellipse, quantile, spherical, straight } from "vaelab/latent";
-import { ON_PICTURES, drawCodes, drawDensity, drawGrid, drawPrior, drawScales } from "vaelab/layers";
+import { ON_PICTURES, drawCodes, drawDensity, drawGrid, drawNames, drawPrior, drawScales } from "vaelab/layers";
 import { element } from "vaelab/picture";
 
 const REACH = 12; // pixels within which a pin is taken hold of
@@ -43,9 +43,12 @@ export class LatentMap {
     });
   }
 
+  /** Where N(0, I) has its centre on the plane. */
+  centreOfPrior = () => this.plane.project(new Array(this.model.dim).fill(0));
+
   /** The window [u, v, half of the smaller side] that holds the prior's 3 sigma and nearly all codes. */
   fitting() {
-    const [cu, cv] = this.plane.project(new Array(this.model.dim).fill(0));
+    const [cu, cv] = this.centreOfPrior();
     let [u0, u1, v0, v1] = [cu - 3.2, cu + 3.2, cv - 3.2, cv + 3.2];
     if (this.aggregate) {
       [u0, u1] = [Math.min(u0, quantile(this.u, 0.005)), Math.max(u1, quantile(this.u, 0.995))];
@@ -100,9 +103,11 @@ export class LatentMap {
     const ink = onGrid ? ON_PICTURES : this.app.inks();
     if (onGrid) drawGrid(this, context);
     if (layers.includes("density") && this.aggregate) drawDensity(this, context, ink);
-    if (layers.includes("points") && this.aggregate) drawCodes(this, context, ink);
+    if (layers.includes("points") && this.aggregate) drawCodes(this, context);
     if (layers.includes("prior")) drawPrior(this, context, ink);
+    this.written = [];
     drawScales(this, context, ink);
+    drawNames(this, context, ink);
   }
 
   drawOver() {
@@ -165,7 +170,7 @@ export class LatentMap {
     const [x, y] = this.pixel(mean);
     context.fillStyle = context.strokeStyle = ink.mark;
     if (sigma) {
-      const { a, b, angle } = ellipse(this.plane.spread(sigma));
+      const { a, b, angle } = ellipse(this.plane.spread(this.posterior));
       for (const width of [1, 2]) {
         context.beginPath();
         context.ellipse(
@@ -190,11 +195,11 @@ export class LatentMap {
 
   #drawPin(context, ink, name, [x, y]) {
     context.beginPath();
-    context.arc(x, y, 9, 0, 2 * Math.PI);
+    context.arc(x, y, this.unit < 130 ? 7 : 9, 0, 2 * Math.PI);
     context.fillStyle = ink.mark;
     context.fill();
     context.fillStyle = ink.paper;
-    context.font = "700 12px system-ui, sans-serif";
+    context.font = `700 ${this.unit < 130 ? 10 : 12}px system-ui, sans-serif`;
     context.textAlign = "center";
     context.fillText(name, x, y + 4);
   }
@@ -210,14 +215,19 @@ export class LatentMap {
           Math.hypot(...this.pixel(app.state[name].slice(0, this.model.dim)).map((p, i) => p - [x, y][i])) < REACH,
       );
     };
+    const fingers = new Set();
     let pin = null,
-      moved = false;
+      moved = false,
+      pinched = false; // until all fingers are lifted: what is left of two does not move z
+    over.addEventListener("pointerdown", ({ pointerId, pointerType }) => {
+      if (pointerType === "touch") pinched = fingers.add(pointerId).size > 1;
+    });
     over.addEventListener("pointermove", (event) => {
       if (pin) {
         moved = true;
         app.movePin(pin, ...inside(event));
       } else if (event.pointerType === "touch") {
-        if (event.isPrimary) app.rest(...inside(event));
+        if (!pinched) app.rest(...inside(event));
       } else if (!event.buttons) app.hover(...inside(event));
     });
     over.addEventListener("pointerdown", (event) => {
@@ -225,7 +235,11 @@ export class LatentMap {
       moved = false;
       over.setPointerCapture(event.pointerId);
     });
-    for (const name of ["pointerup", "pointercancel"]) over.addEventListener(name, () => (pin = null));
+    for (const name of ["pointerup", "pointercancel"])
+      over.addEventListener(name, ({ pointerId }) => {
+        pin = null;
+        fingers.delete(pointerId);
+      });
     over.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && app.leave());
     over.addEventListener("click", (event) => {
       if (!moved && event.detail) app.pin(...inside(event));

@@ -43,6 +43,7 @@ export class Model {
     model.decoder = await open(run.decoder, "decoder");
     model.mean = run.codes?.mean ? await floats(run.codes.mean) : null;
     model.logSigma = run.codes?.log_sigma ? await floats(run.codes.log_sigma) : null;
+    model.scaleTril = run.codes?.scale_tril ? await floats(run.codes.scale_tril) : null;
     return model;
   }
 
@@ -55,12 +56,25 @@ export class Model {
   /** The mean of code `i` of the shown test images, as a plain array (D). */
   code = (i) => Array.from(this.mean.subarray(i * this.dim, (i + 1) * this.dim));
 
+  /** The posterior's spread at code `i`: sigma (D) and, of a full covariance L L^T, `tril`, the rows of L (D·D). */
+  spread(i) {
+    const part = (values, size) => values && values.subarray(i * size, (i + 1) * size);
+    const logSigma = part(this.logSigma, this.dim);
+    return { sigma: logSigma && Array.from(logSigma, Math.exp), tril: part(this.scaleTril, this.dim ** 2) };
+  }
+
+  /** Whether p(x|z) can be drawn from. */
+  get draws() {
+    return Boolean(this.decoder?.outputNames.includes("sample"));
+  }
+
   /**
-   * p(x|z) at codes: the means, arrays (C·H·W), and log p(x|z) in nats, one each.
-   * `x` is one image for all codes (zeros where it does not matter), `c` the label of a conditional model.
+   * p(x|z) at codes: the means and a draw of each, arrays (C·H·W), and log p(x|z) in nats, one each.
+   * `x` is one image for all codes (zeros where it does not matter), `c` the label of a conditional model, `u` gives the
+   * numbers in (0, 1] that the draws are made of (without it all are 1/2: where nobody looks at them).
    */
-  async decode(codes, { x = null, c = 0, alive = () => true } = {}) {
-    const out = { means: [], logPx: [] };
+  async decode(codes, { x = null, c = 0, u = null, alive = () => true } = {}) {
+    const out = { means: [], logPx: [], samples: [] };
     for (let start = 0; start < codes.length; start += BATCH) {
       if (start) await idle();
       if (!alive()) return null;
@@ -70,20 +84,31 @@ export class Model {
       part.forEach((code, i) => z.set(code.slice(0, this.dim), i * this.dim));
       const pixels = new Float32Array(n * this.size);
       if (x) for (let i = 0; i < n; i++) pixels.set(x, i * this.size);
-      const answer = await this.#ask(this.decoder, { z: [z, [n, this.dim]], x: [pixels, [n, ...this.shape]] }, n, c);
+      const noise = u ? Float32Array.from({ length: 2 * n * this.size }, u) : new Float32Array(2 * n * this.size).fill(0.5);
+      const answer = await this.#ask(
+        this.decoder,
+        { z: [z, [n, this.dim]], x: [pixels, [n, ...this.shape]], u: [noise, [n, 2, ...this.shape]] },
+        n,
+        c,
+      );
       for (let i = 0; i < n; i++) {
         out.means.push(answer.mean.subarray(i * this.size, (i + 1) * this.size));
         out.logPx.push(answer.log_px[i]);
+        if (answer.sample) out.samples.push(answer.sample.subarray(i * this.size, (i + 1) * this.size));
       }
     }
     this.decoded += codes.length;
     return out;
   }
 
-  /** q(z|x) of one image (C·H·W): mean, log sigma (absent for a point) and KL in nats (absent without a closed form), (D) each. */
+  /**
+   * q(z|x) of one image (C·H·W): mean, log sigma (absent for a point) and KL in nats (absent without a closed form), (D)
+   * each; `tril` as in `spread`.
+   */
   async encode(x, c = 0) {
     const answer = await this.#ask(this.encoder, { x: [Float32Array.from(x), [1, ...this.shape]] }, 1, c);
-    return { mean: Array.from(answer.mean), logSigma: answer.log_sigma ?? null, kl: answer.kl ?? null };
+    const { log_sigma: logSigma = null, scale_tril: tril = null, kl = null } = answer;
+    return { mean: Array.from(answer.mean), logSigma, tril, kl };
   }
 
   async #ask(session, inputs, n, c) {
@@ -117,7 +142,7 @@ export class Model {
     if (golden?.mean && this.encoder) {
       const { mean } = await this.encode(images.pixels(golden.image), images.label(golden.image) ?? 0);
       mean.forEach((value, d) =>
-        check(`code of test image ${golden.image}, dimension ${d + 1}`, value, golden.mean[d]),
+        check(`code of test image ${golden.image}, dimension ${d}`, value, golden.mean[d]),
       );
     }
     return wrong;

@@ -1,7 +1,7 @@
 /* What stands beside the map: the posterior of the image that goes in, and what z decodes to. */
 
-import { gaussian, laplace, nearest } from "vaelab/latent";
-import { bernoulli, element, paint, paintMany } from "vaelab/picture";
+import { gaussian, laplace, moved, nearest } from "vaelab/latent";
+import { element, paint, paintMany } from "vaelab/picture";
 
 const DRAWS = 16;
 const NEIGHBOURS = 6;
@@ -10,6 +10,11 @@ export const nats = (value) => (Number.isFinite(value) ? value.toFixed(2).replac
 
 /** What −log p(x|z) is called: on grey levels it is a cross-entropy, and not of a likelihood. */
 const distortionName = (run) => (run.normalised === false ? "cross-entropy" : "distortion");
+
+const noSample = (run) =>
+  run.normalised === false
+    ? "no sample: a cross-entropy on grey levels is of no distribution that could be drawn from"
+    : `no sample: this page cannot draw from the likelihood ${run.likelihood}; the mean is not a sample`;
 
 const picture = (caption) => {
   const canvas = element("canvas", { role: "img", "aria-label": caption });
@@ -54,8 +59,7 @@ export class PosteriorPanel {
     if (!q) return (this.result = null);
     if (!this.noise) this.redraw();
     const sigma = q.logSigma && Array.from(q.logSigma, Math.exp);
-    const full = q.kl && q.kl.length < model.dim; // a full covariance: its marginals alone give no draws
-    const draws = sigma && !full ? this.noise.map((e) => q.mean.map((mean, d) => mean + sigma[d] * e[d])) : [];
+    const draws = sigma ? this.noise.map((e) => moved({ ...q, sigma }, e)) : [];
     this.result = { ...q, sigma, draws, rate: q.kl ? q.kl.reduce((a, b) => a + b, 0) : null };
     paint(this.given.canvas, model.shape, pixels);
     if (model.decoder) {
@@ -127,14 +131,7 @@ export class DecodingPanel {
     const title = element("div", { class: "row" }, element("h3", {}, model.label), this.flag);
     this.node = element("div", { class: "decoding" }, title, pictures);
     if (!model.decoder) pictures.replaceChildren(element("p", { class: "missing" }, model.run.decoder_missing));
-    else if (model.run.likelihood !== "bernoulli")
-      this.sample.figure.replaceChildren(
-        element(
-          "p",
-          { class: "missing" },
-          `one sample: not in this page for the likelihood ${model.run.likelihood}; the mean is not a sample`,
-        ),
-      );
+    else if (!model.draws) this.sample.figure.replaceChildren(element("p", { class: "missing" }, noSample(model.run)));
     if (!model.mean) return;
     this.buttons = Array.from({ length: NEIGHBOURS }, () => {
       const button = element("button", { class: "thumb" }, element("canvas"));
@@ -146,14 +143,14 @@ export class DecodingPanel {
     this.node.append(this.near, this.neighbours);
   }
 
-  /** Shows a decoding (C·H·W), or none. */
-  show(pixels, hasData) {
-    if (pixels) {
-      paint(this.mean.canvas, this.model.shape, pixels);
-      if (this.model.run.likelihood === "bernoulli") paint(this.sample.canvas, this.model.shape, bernoulli(pixels));
+  /** Shows what z was decoded to, or nothing. */
+  show(decoded, hasData) {
+    if (decoded) {
+      paint(this.mean.canvas, this.model.shape, decoded.means[0]);
+      if (this.model.draws) paint(this.sample.canvas, this.model.shape, decoded.samples[0]);
     }
     this.node.classList.toggle("nodata", !hasData);
-    const flag = hasData ? "" : "no data lives here";
+    const flag = hasData ? "" : "no data here";
     if (this.flag.textContent !== flag) this.flag.textContent = flag;
   }
 

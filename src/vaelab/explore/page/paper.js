@@ -14,6 +14,7 @@ export function fillFacts(app, manifest) {
   const facts = document.getElementById("facts");
   for (const { run } of app.models) {
     const shown = HEADLINES.flatMap((keys) => run.metrics.find(({ key, value }) => value && keys.includes(key)) ?? []);
+    const missing = run.metrics_missing || "not evaluated";
     const numbers = shown.map((m) =>
       element(
         "span",
@@ -28,7 +29,8 @@ export function fillFacts(app, manifest) {
         "p",
         {},
         element("b", {}, run.label),
-        ...(shown.length ? numbers : [element("span", {}, run.metrics_missing || "not evaluated")]),
+        ...(shown.length ? numbers : [element("span", { class: "absent", title: missing }, missing)]),
+        ...(run.interrupted ? [element("span", { class: "flag", title: run.interrupted }, "training was interrupted")] : []),
       ),
     );
   }
@@ -45,6 +47,8 @@ export function fillFacts(app, manifest) {
     );
     body.append(
       element("h3", {}, `${run.label}: ${run.recipe}, run ${run.run}`),
+      ...(run.interrupted ? [element("p", { class: "flag" }, `Its ${run.interrupted}.`)] : []),
+      ...(run.metrics_missing ? [element("p", {}, `No numbers: ${run.metrics_missing}.`)] : []),
       element("p", {}, `Protocol ${run.protocol}. ${run.protocol_text ?? ""}`),
       element(
         "p",

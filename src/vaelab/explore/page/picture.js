@@ -76,15 +76,15 @@ export function sprites(images) {
     const image = raster(images.shape, images.pixels(i));
     if (channels < 3) {
       const ink = d3.rgb(colour(images.label(i)));
-      for (let p = 0; p < image.data.length; p += 4) image.data.set([ink.r, ink.g, ink.b, image.data[p]], p);
+      for (let p = 0; p < image.data.length; p += 4) {
+        image.data[p + 3] = image.data[p];
+        [image.data[p], image.data[p + 1], image.data[p + 2]] = [ink.r, ink.g, ink.b];
+      }
     }
     context.putImageData(image, (i % columns) * width, Math.floor(i / columns) * height);
   }
   return { canvas, width, height, at: (i) => [(i % columns) * width, Math.floor(i / columns) * height] };
 }
-
-/** One draw of independent Bernoulli pixels with these means. */
-export const bernoulli = (means) => Float32Array.from(means, (p) => Number(Math.random() < p));
 
 /** An element with attributes and children; texts are escaped by the browser. */
 export function element(name, attributes = {}, ...children) {

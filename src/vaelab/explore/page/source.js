@@ -60,9 +60,21 @@ export async function runtime() {
 }
 
 async function unpack(element) {
-  const response = await fetch(`data:application/octet-stream;base64,${element.textContent.trim()}`);
-  const plain = response.body.pipeThrough(new DecompressionStream("gzip"));
-  return new Uint8Array(await new Response(plain).arrayBuffer());
+  const text = element.textContent.trim();
+  // a data: address is the way of older browsers: ten times slower
+  const packed = Uint8Array.fromBase64?.(text) ?? (await (await fetch(`data:;base64,${text}`)).arrayBuffer());
+  const whole = new ReadableStream({ start: (to) => (to.enqueue(packed), to.close()) }); // in one chunk: three times faster
+  const plain = await new Response(whole.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  return together(new Uint8Array(plain), Number(element.dataset.planes));
+}
+
+/** Bytes that were taken apart: all first ones of `planes`, then all second ones, … */
+function together(apart, planes) {
+  if (planes === 1) return apart;
+  const bytes = new Uint8Array(apart.length);
+  for (let plane = 0, from = 0; plane < planes; plane++)
+    for (let to = plane; to < bytes.length; to += planes) bytes[to] = apart[from++];
+  return bytes;
 }
 
 async function file(name) {

@@ -29,7 +29,7 @@ export function initial(dim) {
 export function spell(state) {
   const parts = {
     z: state.z.join(),
-    axes: state.axes === "principal" ? "principal" : state.axes.map((d) => d + 1).join(),
+    axes: state.axes === "principal" ? "principal" : state.axes.join(),
   };
   if (state.view) parts.view = state.view.map(round).join();
   if (state.a) parts.a = state.a.join();
@@ -62,7 +62,7 @@ export function read(hash, { dim, common, area, n, classes, principal }) {
   state.b = state.a && numbers(given.b, dim);
   const view = numbers(given.view, 3);
   if (view && view[2] > 0) state.view = view;
-  const axes = numbers(given.axes, 2)?.map((d) => d - 1);
+  const axes = numbers(given.axes, 2);
   if (given.axes === "principal" && principal) state.axes = "principal";
   else if (axes?.every((d) => Number.isInteger(d) && d >= 0 && d < common) && axes[0] !== axes[1]) state.axes = axes;
   const drawn = given.x?.startsWith("drawn:") ? unpack(given.x.slice(6), area) : null;

@@ -8,7 +8,8 @@ export const FRAMES = 11;
 export const DEAD = 0.01; // nats: a dimension of less rate says nothing about x
 
 const subscript = (number) => String(number).replace(/\d/g, (digit) => "₀₁₂₃₄₅₆₇₈₉"[digit]);
-export const dimensionName = (d) => `z${subscript(d + 1)}`;
+/** Dimensions are numbered from 0, as in Python and in evaluation.json. */
+export const dimensionName = (d) => `z${subscript(d)}`;
 
 /** Rates of dimension `d`, one for each run that has them. */
 export const ratesOf = (models, d) => models.map(({ run }) => run.rates?.[d]).filter((rate) => rate !== undefined);
@@ -33,12 +34,35 @@ function strip(label, frames, go) {
   return canvas;
 }
 
-/** One slider a dimension, with the traversal of each run beside it. */
+/** One slider a dimension, with the traversal of each run beside it; where they are many, small and a page at a time. */
 export class Sliders {
   constructor(app, node) {
     this.app = app;
     this.rows = byRate(app.models, app.dim).map((d) => this.#row(d));
     node.append(...this.rows.map(({ row }) => row));
+    const runs = app.models.length;
+    const many = this.rows.length > 4 / runs;
+    node.classList.toggle("many", many);
+    this.count = many ? (runs > 1 ? 6 : 10) : this.rows.length;
+    this.show(0);
+  }
+
+  show(first) {
+    const { rows, count } = this;
+    this.first = first;
+    rows.forEach(({ row }, i) => (row.hidden = i < first || i >= first + count));
+    document.getElementById("sliders-note").textContent =
+      rows.length > count ? `${first + 1}–${Math.min(first + count, rows.length)} of ${rows.length}, most rate first` : "";
+    for (const [id, possible] of [
+      ["sliders-before", first > 0],
+      ["sliders-after", first + count < rows.length],
+    ])
+      Object.assign(document.getElementById(id), { hidden: rows.length <= count, disabled: !possible });
+  }
+
+  turn(pages) {
+    this.show(this.first + pages * this.count);
+    this.app.update.strips();
   }
 
   #row(d) {
@@ -103,9 +127,9 @@ export class Sliders {
     }
   }
 
-  /** Decodes the strips around z. */
+  /** Decodes the strips that are shown, around z. */
   async update(z, alive) {
-    for (const { d, strips, values } of this.rows)
+    for (const { d, strips, values } of this.rows.slice(this.first, this.first + this.count))
       for (const { model, canvas } of strips) {
         const codes = values.map((value) => z.map((old, i) => (i === d ? value : old)));
         const decoded = await model.decode(codes, { c: this.app.state.c, alive });
