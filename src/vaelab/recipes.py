@@ -40,7 +40,7 @@ FIELDS: dict[str, str] = {
     "epochs": "Passes over the training images.",
     "batch_size": "Images a step.",
     "k": "Posterior samples for each image in a step.",
-    "optimiser": "adam, or muon for wide matrices with adam for the rest.",
+    "optimiser": "adam, nadam (with Nesterov's momentum), or muon for wide matrices with adam for the rest.",
     "lr": "Peak learning rate.",
     "schedule": "Of the learning rate: constant, linear, cosine, warm-cosine, warm-linear, one-cycle.",
     "beta2": "Adam's decay of the squared gradient.",
@@ -54,7 +54,7 @@ FIELDS: dict[str, str] = {
 }
 """What each field means, for the command line."""
 
-OPTIMISERS = ("adam", "muon")
+OPTIMISERS = ("adam", "nadam", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "warm-cosine", "warm-linear", "one-cycle")
 RATES = ("equal", "fan-in")
 STARTS = ("random", "mean")
@@ -70,7 +70,7 @@ class Training:
         epochs: passes over the training images.
         batch_size: images a step.
         k: posterior samples for each image in a step.
-        optimiser: `adam`, or `muon` for wide matrices with Adam for the rest.
+        optimiser: `adam`, `nadam`, or `muon` for wide matrices with Adam for the rest.
         lr: the peak learning rate.
         schedule: of the learning rate, over the whole of training.
         clip: largest norm of the gradient of a step; 0 for no clipping.
@@ -225,18 +225,21 @@ def mnist_2d(
     data: str = "mnist",
     protocol: str = "dynamic",
     latent_dim: int = 2,
-    hidden: tuple[int, ...] = (512, 512),
-    decoder: tuple[int, ...] = (512, 512, 512),
+    hidden: tuple[int, ...] = (256, 256, 256),
+    decoder: tuple[int, ...] = (256, 256, 256),
     frequencies: int = 128,
-    frequency: float = 0.7,
+    frequency: float = 0.4,
     activation: str = "silu",
+    start: str = "mean",
     beta: float = 1.0,
-    epochs: int = 14,
-    batch_size: int = 256,
+    epochs: int = 8,
+    batch_size: int = 200,
     k: int = 1,
-    optimiser: str = "adam",
-    lr: float = 4e-3,
-    schedule: str = "warm-cosine",
+    optimiser: str = "nadam",
+    lr: float = 8e-3,
+    schedule: str = "warm-linear",
+    beta2: float = 0.98,
+    rates: str = "fan-in",
     clip: float = 200.0,
     average: float = 0.0,
     precision: str = "auto",
@@ -245,8 +248,8 @@ def mnist_2d(
     """The lab's model: two latent dimensions, on binary pixels, so that its likelihood can be computed exactly."""
     return Recipe(
         "mnist-2d", data, protocol,
-        dense_vae(shape, latent_dim, hidden, decoder, activation, protocol, frequencies, frequency),
-        _elbo(beta), Training(epochs, batch_size, k, optimiser, lr, schedule, clip, average, precision), seed,
+        dense_vae(shape, latent_dim, hidden, decoder, activation, protocol, frequencies, frequency, start), _elbo(beta),
+        Training(epochs, batch_size, k, optimiser, lr, schedule, clip, average, precision, beta2=beta2, rates=rates), seed,
     )  # fmt: skip
 
 

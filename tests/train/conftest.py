@@ -8,7 +8,10 @@ from vaelab.recipes import recipe
 from vaelab.registry import build
 from vaelab.training import fit, initial_model
 
-FIELDS = {"hidden": (16,), "decoder": (16,), "frequencies": 4, "epochs": 2, "batch_size": 256, "precision": "float32"}
+FIELDS = {
+    "hidden": (16,), "decoder": (16,), "frequencies": 4, "frequency": 0.7, "start": "random", "epochs": 2, "batch_size": 256,
+    "optimiser": "adam", "lr": 4e-3, "schedule": "warm-cosine", "beta2": 0.999, "rates": "equal", "precision": "float32",
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -98,6 +98,24 @@ def test_each_layer_moves_at_its_own_multiple(backward):
         assert (weights(model) - weights(reference)).abs().max() < 1e-6
 
 
+def test_nadam_is_its_formula_step_by_step(model, backward):
+    reference = copy.deepcopy(model)
+    ours = Optimiser(model, "nadam", 1e-3, constant, 8, beta2=0.98)
+    mean = square = torch.zeros_like(weights(model)).double()
+    expected = weights(model).double()
+    for t in range(1, 9):
+        backward(model, t)
+        torch.nn.utils.vector_to_parameters(expected.float(), reference.parameters())
+        backward(reference, t)
+        gradient = torch.cat([p.grad.flatten() for p in reference.parameters()]).double()
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.98 * square + 0.02 * gradient**2
+        ahead = 0.9 * mean / (1 - 0.9 ** (t + 1)) + 0.1 * gradient / (1 - 0.9**t)
+        expected = expected - 1e-3 * ahead / ((square / (1 - 0.98**t)).sqrt() + 1e-8)
+        reference.zero_grad()
+        ours.step(t)
+        assert (weights(model) - expected).abs().max() < 2e-6
+
+
 def test_the_schedule_scales_the_learning_rate(model, backward):
     """Adam's first step moves every weight that has a gradient by lr x schedule."""
     before = weights(model)
