@@ -236,7 +236,7 @@ def mnist_2d(
     batch_size: int = 200,
     k: int = 1,
     optimiser: str = "nadam",
-    lr: float = 5e-3,
+    lr: float = 3e-3,
     schedule: str = "warm-linear",
     beta2: float = 0.98,
     rates: str = "fan-in",
