@@ -103,9 +103,9 @@ def _quietly(*arguments: str) -> None:
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, cache) -> Path:
-    """A run of `mnist-2d` on the digits; tests must not change it."""
+    """A run of `mnist-2d` on the digits, whose codes are not the prior's; tests must not change it."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    _quietly("train", "mnist-2d", *TINY, "--decoder", "16", "--out", str(path))
+    _quietly("train", "mnist-2d", *TINY, "--decoder", "16", "--batch-size", "32", "--beta", "0.1", "--out", str(path))
     return path
 
 

@@ -152,6 +152,6 @@ def test_a_spec_nested_too_deep():
 
 
 def test_a_run_is_an_error_of_the_run(run, change):
-    change(lambda document: document["model"]["encoder"].update(hidden=[10**9, 10**9]))
+    change(lambda document: document["model"]["encoder"]["network"].update(hidden=[10**9, 10**9]))
     with pytest.raises(RunError, match=r"config\.json' cannot be built: more than .* numbers"):
         Run.open(run.path).model()
