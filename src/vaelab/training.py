@@ -80,7 +80,6 @@ def fit(
         RunError: the snapshot is of another training.
     """
     _check_fit(model, data, protocol, training)
-    _keep_freed_memory()
     device = torch.device(device)
     model.to(device).train()
     pixels = torch.from_numpy(data.train.pixels).to(device)
@@ -160,14 +159,6 @@ def fit(
             optimiser.finish()
             model.eval()
     return history
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed: else it hands each large tensor of a step back, and gets it as new pages in the next.
-
-    Its threshold rises to the largest block that was ever freed, of up to 32 MB. A third off the sums over pixels of 500 images.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _record(

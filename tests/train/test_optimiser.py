@@ -57,17 +57,22 @@ def weights(model):
     return torch.cat([p.detach().float().flatten() for p in model.parameters()])
 
 
-def test_flat_adam_is_torchs_adam_step_by_step(model, backward):
-    reference = copy.deepcopy(model)
-    ours = Optimiser(model, "adam", 1e-3, constant, 10)
-    theirs = torch.optim.Adam(reference.parameters(), 1e-3)
-    for step in range(10):
+def in_step(model, ours, reference, theirs, backward, steps):
+    """Both models are trained, each by its optimiser, and hold the same weights after every step."""
+    for step in range(steps):
         backward(model, step)
         backward(reference, step)
         theirs.step()
         theirs.zero_grad()
         ours.step(step)
         assert (weights(model) - weights(reference)).abs().max() < 1e-6
+
+
+def test_flat_adam_is_torchs_adam_step_by_step(model, backward):
+    reference = copy.deepcopy(model)
+    ours = Optimiser(model, "adam", 1e-3, constant, 10)
+    theirs = torch.optim.Adam(reference.parameters(), 1e-3)
+    in_step(model, ours, reference, theirs, backward, 10)
     ours.finish()
     assert (weights(model) - weights(reference)).abs().max() < 1e-6
 
@@ -89,13 +94,7 @@ def test_each_layer_moves_at_its_own_multiple(backward):
     assert sum(len(group["params"]) for group in groups) == len(list(reference.parameters())) == 10
     ours = Optimiser(model, "adam", 1e-3, constant, 6, beta2=0.9, rates="fan-in")
     theirs = torch.optim.Adam(groups, betas=(0.9, 0.9))
-    for step in range(6):
-        backward(model, step)
-        backward(reference, step)
-        theirs.step()
-        theirs.zero_grad()
-        ours.step(step)
-        assert (weights(model) - weights(reference)).abs().max() < 1e-6
+    in_step(model, ours, reference, theirs, backward, 6)
 
 
 def test_nadam_is_its_formula_step_by_step(model, backward):
