@@ -13,8 +13,9 @@ Rates of the layers, as multiples of the learning rate:
            the weights beside it are hundreds. (Yang & Hu 2021, arXiv 2011.14522, for wide networks; the constants measured
            on the 784-400-20 network.)
 
-Two ideas make a step cheap on a CPU. All float32 weights that Adam updates lie in one tensor, so that it is one fused
-kernel instead of a dispatch for each layer. And in bfloat16 training the weights of linear and convolutional layers are
+Three ideas make a step cheap on a CPU. All float32 weights that Adam updates lie in one tensor, so that it is one pass
+instead of a dispatch for each layer. The gradients lie in one too: a layer that computes with vaelab's own kernels
+(`vaelab.native`) adds to its part of it. And in bfloat16 training the weights of linear and convolutional layers that do not are
 bfloat16 copies, renewed once after each update, instead of being cast by autocast in every forward pass.
 """
 
@@ -22,12 +23,15 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ctypes import c_float, c_long
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from vaelab.errors import RunError
+from vaelab.native import library
+from vaelab.native.layers import accelerated_layers
 
 _CASTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
@@ -36,6 +40,8 @@ BETA1, EPSILON = 0.9, 1e-8
 """Adam's decay of the mean gradient, and what keeps it from dividing by zero."""
 FAN_IN = 400
 """Inputs of a layer whose weights move by the learning rate itself."""
+SQUARES = 4096
+"""Numbers of the gradient whose squares the kernel sums into one (`native/adam.c`)."""
 BIASES = 8.0
 """Multiple of the learning rate for biases."""
 
@@ -52,7 +58,7 @@ def multiples(model: nn.Module, rates: str) -> dict[int, float]:
 
 
 class Adam:
-    """Adam on one tensor: torch's fused kernel, without the hundred microseconds that its optimiser class takes a step.
+    """Adam on one tensor, in one pass: vaelab's own kernel, or torch's fused one called by its function.
 
     Args:
         weights: flat.
@@ -66,15 +72,37 @@ class Adam:
         self, weights: Tensor, gradient: Tensor, beta2: float, parts: Sequence[tuple[int, float]], nesterov: bool
     ) -> None:
         self.beta2, self.multiples, self.nesterov = beta2, [multiple for _, multiple in parts], nesterov
+        self.weights, self.gradient = weights, gradient
         self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
         self.count = torch.zeros(len(parts), device=weights.device)
-        sizes = [size for size, _ in parts]
-        self.parts = list(
-            zip(*(t.split(sizes) for t in (weights, gradient, self.mean, self.square)), self.count, strict=True)
-        )
+        self.sizes = [size for size, _ in parts]
+        self.kernels = library() if weights.device.type == "cpu" else None
 
-    def step(self, lr: float) -> None:
-        for (weights, gradient, mean, square, count), multiple in zip(self.parts, self.multiples, strict=True):
+    def step(self, lr: float, scale: float = 1.0) -> None:
+        """One update from `scale` times the gradient, which is cleared."""
+        if not self.sizes:
+            return
+        if self.kernels is None:
+            self._step_of_torch(lr, scale)
+            return
+        self.count += 1
+        t = int(self.count[0])
+        of_mean, of_gradient = 1 / (1 - BETA1**t), 0.0
+        if self.nesterov:
+            of_mean, of_gradient = BETA1 / (1 - BETA1 ** (t + 1)), (1 - BETA1) * of_mean
+        count = len(self.sizes)
+        self.kernels.adam(
+            self.weights.data_ptr(), self.gradient.data_ptr(), self.mean.data_ptr(), self.square.data_ptr(),
+            (c_long * count)(*self.sizes), (c_float * count)(*(lr * multiple for multiple in self.multiples)), count,
+            scale, BETA1, self.beta2, of_mean, of_gradient, math.sqrt(1 - self.beta2**t), EPSILON, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _step_of_torch(self, lr: float, scale: float) -> None:
+        if scale != 1:
+            self.gradient.mul_(scale)
+        flat = (self.weights, self.gradient, self.mean, self.square)
+        parts = zip(*(t.split(self.sizes) for t in flat), self.count, self.multiples, strict=True)
+        for weights, gradient, mean, square, count, multiple in parts:
             adam(
                 [weights], [gradient], [mean], [square], [], [count], fused=True, amsgrad=False, beta1=BETA1,
                 beta2=self.beta2, lr=lr * multiple, weight_decay=0.0, eps=EPSILON, maximize=False,
@@ -86,6 +114,7 @@ class Adam:
                 ahead = gradient.mul((1 - BETA1) / now).add_(mean, alpha=BETA1 / then - 1 / now)
                 root = math.sqrt(1 - self.beta2**t)
                 weights.addcdiv_(ahead, square.sqrt().add_(EPSILON * root), value=-lr * multiple * root)
+        self.gradient.zero_()
 
 
 class Optimiser:
@@ -123,20 +152,20 @@ class Optimiser:
         self.lr, self.schedule, self.steps, self.clip, self.average = lr, schedule, steps, clip, average
         matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 32}
         muon = matrices if name == "muon" else set()
-        cast = _castable(model) if bfloat16 else set()
+        own = {id(p) for layer in accelerated_layers(model) for p in layer.parameters()}
+        cast = _castable(model) - own if bfloat16 else set()
         trained = [p for p in model.parameters() if p.requires_grad]
         multiple = multiples(model, rates)
         # Adam's part of the flat tensor comes first, and in it what has the same multiple of the learning rate together
         self.parameters = sorted(trained, key=lambda p: (id(p) in muon, multiple.get(id(p), 1.0)))
         self.master = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.gradient = torch.zeros_like(self.master)
+        self.squares = torch.empty(-(-len(self.master) // SQUARES), dtype=torch.float64)
         self.weights, self.gradients = self._views(self.master), self._views(self.gradient)
         self.averaged = self.master.clone() if average else None
 
         self.copies = [(p, w, g) for p, w, g in zip(self.parameters, self.weights, self.gradients, strict=True)
                        if id(p) in cast]  # fmt: skip
-        copied = {id(p) for p, _, _ in self.copies}
-        self.accumulated = [g for p, g in zip(self.parameters, self.gradients, strict=True) if id(p) not in copied]
         self._bind()
 
         sizes: dict[float, int] = {}
@@ -170,27 +199,37 @@ class Optimiser:
         if self.copies:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p, _, _ in self.copies]
             torch._foreach_copy_([g for _, _, g in self.copies], grads)  # type: ignore[attr-defined]
-        norm = math.sqrt(float(torch.dot(self.gradient, self.gradient)))
+        norm = self._norm()
         if math.isfinite(norm) and not skip:
             self._update(step, norm)
-        for own in self.accumulated:
-            own.zero_()
+        else:
+            self.gradient.zero_()
         for p, _, _ in self.copies:
             p.grad = None
         return norm
 
     def _update(self, step: int, norm: float) -> None:
-        if 0 < self.clip < norm:
-            self.gradient.mul_(self.clip / norm)
+        scale = self.clip / norm if 0 < self.clip < norm else 1.0
         lr = self.lr * self.schedule(step / self.steps)
-        self.adam.step(lr)
+        self.adam.step(lr, scale)
         if self.muon is not None:
+            rest = self.gradient[len(self.adam.gradient) :]
+            rest.mul_(scale)
             self.muon.param_groups[0]["lr"] = lr
             self.muon.step()
+            rest.zero_()
         if self.copies:
             torch._foreach_copy_([p for p, _, _ in self.copies], [w for _, w, _ in self.copies])  # type: ignore[attr-defined]
         if self.averaged is not None:
             self.averaged.lerp_(self.master, 1 - min(self.average, (1 + step) / (10 + step)))
+
+    def _norm(self) -> float:
+        """Of the whole gradient, whatever the number of threads."""
+        kernels = self.adam.kernels
+        if kernels is None:
+            return math.sqrt(float(torch.dot(self.gradient, self.gradient)))
+        kernels.squares(self.gradient.data_ptr(), self.squares.data_ptr(), len(self.gradient), torch.get_num_threads())
+        return math.sqrt(float(self.squares.sum()))
 
     def state(self) -> dict[str, Tensor]:
         """All that the next update depends on, besides the gradient: views, not copies."""

@@ -16,14 +16,17 @@ pixel that is right with a logit of 8 gives none.) Values are images x (..., B, 
 
 import math
 from collections.abc import Callable
+from ctypes import CDLL
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vaelab.distributions import LOG_2PI, Distribution, full_precision, sum_event
 from vaelab.errors import UsageError
+from vaelab.native import library
 
 LEVELS = 256
 
@@ -75,6 +78,39 @@ class _NaturalLogProb(torch.autograd.Function):
         if mean is None:
             return None, None, None
         return (x - mean).mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None, None
+
+
+class _BernoulliLogProb(torch.autograd.Function):
+    """The same for Bernoulli pixels in one pass of vaelab's own kernel: logits (R, P), x (R', P), where R' divides R."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, x: Tensor, kernels: CDLL) -> Tensor:
+        log_p = logits.new_empty(len(logits))
+        residual = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        kernels.bernoulli(
+            logits.data_ptr(), x.data_ptr(), log_p.data_ptr(), 0 if residual is None else residual.data_ptr(),
+            len(logits), len(x), logits.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(residual)
+        return log_p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grads: Tensor) -> tuple[Tensor | None, None, None]:
+        (residual,) = ctx.saved_tensors
+        return None if residual is None else residual * grads.unsqueeze(-1), None, None
+
+
+def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
+    """log p(x) of logits (..., P), for x that broadcasts to them: (...)."""
+    plain = logits.device.type == x.device.type == "cpu" and logits.dtype == x.dtype == torch.float32
+    kernels = library() if plain and logits.numel() and not torch.compiler.is_exporting() else None
+    if kernels is None:
+        return _NaturalLogProb.apply(logits, x, _bernoulli)  # type: ignore[no-any-return]
+    if x.shape[:-1] != logits.shape[logits.dim() - x.dim() : -1]:
+        logits, x = torch.broadcast_tensors(logits, x)
+    rows = _BernoulliLogProb.apply(logits.contiguous().flatten(0, -2), x.contiguous().view(-1, x.shape[-1]), kernels)
+    return rows.view(logits.shape[:-1])  # type: ignore[no-any-return]
 
 
 _TOGETHER = 16, 8, 4
@@ -132,7 +168,7 @@ class Bernoulli(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         _check_event(value, self.logits, self.event_dim)
         logits, x = self.logits.flatten(-self.event_dim), value.flatten(-self.event_dim)
-        return _NaturalLogProb.apply(logits, x, _bernoulli)  # type: ignore[no-any-return]
+        return _bernoulli_log_prob(logits, x)
 
     def cross_log_prob(self, values: Tensor) -> Tensor:
         return _cross(wide(self.logits).flatten(-self.event_dim)[0], values.flatten(1), _bernoulli)

@@ -10,11 +10,15 @@ of a nat for an image, thousandths for the mean of images (`docs/results/evaluat
 divide the error by it, and stay in float32.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from vaelab.errors import UsageError
+from vaelab.native import reason
+from vaelab.native.layers import accelerated
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Precision:
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which the networks run."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.name == "bfloat16")
+
+    def networks(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The context in which a model's layers compute with vaelab's own kernels, where they can (`vaelab.native`)."""
+        return accelerated(model) if self.name == "bfloat16" else nullcontext()
 
 
 def choose(requested: str, device: torch.device) -> Precision:
@@ -41,7 +49,8 @@ def choose(requested: str, device: torch.device) -> Precision:
         capabilities = torch.cpu.get_capabilities()
         for name in ("amx_bf16", "avx512_bf16"):
             if capabilities.get(name):
-                return Precision("bfloat16", f"this processor multiplies bfloat16 in hardware ({name})")
+                how = f"with {reason()}"
+                return Precision("bfloat16", f"this processor multiplies bfloat16 in hardware ({name}), {how}")
         return Precision("float32", "this processor has no bfloat16 instructions")
     return Precision("float32", f"bfloat16 is not tested on {device.type}")
 

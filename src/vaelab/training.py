@@ -88,11 +88,6 @@ def fit(
     precision = choose(training.precision, device)
     steps_per_epoch = math.ceil(len(pixels) / training.batch_size)
     steps = steps_per_epoch * training.epochs
-    optimiser = Optimiser(
-        model, training.optimiser, training.lr, LEARNING_RATE[training.schedule], steps, training.clip, training.average,
-        bfloat16=precision.name == "bfloat16", beta2=training.beta2, rates=training.rates,
-    )  # fmt: skip
-
     history: list[Record] = []
     seconds, step, skipped, meter = 0.0, 0, 0, Meter(device)
 
@@ -103,7 +98,11 @@ def fit(
         return Snapshot(step, now(), list(history), meter.state(), skipped, optimiser.state(), untrained(model),
                         _generators(device))  # fmt: skip
 
-    with _own_generator(seed, device):
+    with _own_generator(seed, device), precision.networks(model):
+        optimiser = Optimiser(
+            model, training.optimiser, training.lr, LEARNING_RATE[training.schedule], steps, training.clip, training.average,
+            bfloat16=precision.name == "bfloat16", beta2=training.beta2, rates=training.rates,
+        )  # fmt: skip
         try:
             if start is not None:
                 history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped

@@ -1,0 +1,49 @@
+/* Adam on flat float32 weights, in one pass over them: `vaelab.optim` says what the arguments are.
+
+       m = beta1 m + (1 - beta1) g      v = beta2 v + (1 - beta2) g^2      w -= rate (of_m m + of_g g) / (sqrt(v) / root + eps)
+
+   where root = sqrt(1 - beta2^t), and of_m, of_g hold the correction of m's bias, and Nesterov's look ahead. g is cleared. */
+
+#include <immintrin.h>
+#include <math.h>
+
+#define FLUSH 0x8040 /* of the floating-point control word: numbers below 1e-38 are read and written as zero */
+
+void adam(float *restrict w, float *restrict g, float *restrict m, float *restrict v, const long *sizes, const float *rates,
+          long parts, float scale, float beta1, float beta2, float of_m, float of_g, float root, float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | FLUSH);
+    for (long p = 0, begin = 0; p < parts; begin += sizes[p], p++) {
+        const float rate = rates[p], unroot = 1 / root;
+#pragma omp for simd schedule(static) nowait
+        for (long i = begin; i < begin + sizes[p]; i++) {
+            float gradient = scale * g[i];
+            m[i] = beta1 * m[i] + (1 - beta1) * gradient;
+            v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
+            w[i] -= rate * (of_m * m[i] + of_g * gradient) / (sqrtf(v[i]) * unroot + eps);
+            g[i] = 0;
+        }
+    }
+    _mm_setcsr(before);
+    }
+}
+
+#define CHUNK 4096
+
+/* The sum of squares in each run of 4,096 numbers, so that the total does not depend on the number of threads. */
+void squares(const float *x, double *sums, long n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long c = 0; c < (n + CHUNK - 1) / CHUNK; c++) {
+        long end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
+        float lane[64] = {0};
+        long i = c * CHUNK;
+        for (; i + 64 <= end; i += 64)
+            for (int j = 0; j < 64; j++) lane[j] += x[i + j] * x[i + j];
+        for (; i < end; i++) lane[0] += x[i] * x[i];
+        double sum = 0;
+        for (int j = 0; j < 64; j++) sum += lane[j];
+        sums[c] = sum;
+    }
+}

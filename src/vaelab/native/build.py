@@ -1,0 +1,133 @@
+"""Compiling the kernels, keeping them, loading them."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vaelab.data.store import cache_dir
+from vaelab.errors import UsageError
+
+SOURCES = ("linear.c", "pixels.c", "adam.c", "start.c")
+HEADERS = ("tiles.h", "functions.h")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
+WITHOUT_TILES = ("-mno-amx-bf16",)
+COMPILERS = ("cc", "gcc", "clang")
+SECONDS = 120
+"""A compiler that takes longer is given up."""
+
+_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "linear_forward": (*[_pointer] * 4, *[_long] * 3, _pointer, _int),
+    "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
+    "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
+    "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int),
+    "squares": (*[_pointer] * 2, _long, _int),
+}
+
+
+class _Unavailable(Exception):
+    """Why there are no kernels, in words."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled or found in the cache at the first call; None where there are none."""
+    return _found()[0]
+
+
+def reason() -> str:
+    """What the kernels run on, or why there are none."""
+    return _found()[1]
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    asked = os.environ.get("VAELAB_KERNELS", "auto")
+    if asked not in ("auto", "torch"):
+        raise UsageError(f"VAELAB_KERNELS is {asked!r}: expected auto or torch")
+    try:
+        if asked == "torch":
+            raise _Unavailable("VAELAB_KERNELS asks for torch's")
+        able = abilities()
+        tiles = "amx_bf16" in able
+        try:
+            return load(tiles), f"vaelab's own kernels ({'tiles' if tiles else 'AVX-512'})"
+        except _Unavailable:
+            if not tiles:
+                raise
+            return load(False), "vaelab's own kernels (AVX-512: the system does not give the tiles)"
+    except _Unavailable as why:
+        return None, f"torch's kernels ({why})"
+
+
+def abilities() -> list[str]:
+    """Those of the processor that the kernels are compiled for. Raises where it lacks what they need."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise _Unavailable("vaelab's own are for Linux on x86-64")
+    able = sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    if "avx512_bf16" not in able:
+        raise _Unavailable("vaelab's own need a processor with avx512_bf16")
+    return able
+
+
+@cache
+def load(tiles: bool) -> ctypes.CDLL:
+    """The kernels with or without tile registers. Raises where they cannot be compiled or used."""
+    flags = FLAGS if tiles else (*FLAGS, *WITHOUT_TILES)
+    here = Path(__file__).parent
+    digest = hashlib.sha256(repr((flags, abilities(), torch.__version__)).encode())
+    for name in (*SOURCES, *HEADERS):
+        digest.update((here / name).read_bytes())
+    name = f"kernels-{digest.hexdigest()[:24]}.so"
+    kept = cache_dir() / "native" / name
+    try:
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            _compile(flags, here, kept)
+        return _open(kept)
+    except OSError:  # a cache that cannot be written, or holds a damaged file: for this process only
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                _compile(flags, here, Path(folder) / name)
+                return _open(Path(folder) / name)
+        except OSError as error:
+            raise _Unavailable(f"vaelab's own cannot be loaded ({error})") from None
+
+
+def _compile(flags: Sequence[str], sources: Path, to: Path) -> None:
+    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
+    if compiler is None:
+        raise _Unavailable(f"there is no C compiler ({', '.join(COMPILERS)})")
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        objects = [f"{folder}/{name}.o" for name in SOURCES]
+        commands = [[compiler, *flags, "-c", str(sources / name), "-o", made]
+                    for name, made in zip(SOURCES, objects, strict=True)]  # fmt: skip
+        # without -fopenmp here: the threads are those of the OpenMP that torch has loaded, not a second set beside them
+        commands.append([compiler, "-shared", *objects, "-lm", "-o", f"{folder}/made.so"])
+        for command in commands:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise _Unavailable(f"the C compiler does not answer ({error})") from None
+            if done.returncode:
+                said = (done.stderr.strip() or "no message").splitlines()
+                raise _Unavailable(f"the C compiler does not take vaelab's own ({said[0][:200]})")
+        os.replace(f"{folder}/made.so", to)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    opened = ctypes.CDLL(str(path))
+    if opened.vaelab_begin() != 0:
+        raise _Unavailable("the system does not give the processor's tile registers")
+    for name, arguments in SIGNATURES.items():
+        function = getattr(opened, name)
+        function.argtypes, function.restype = arguments, None
+    return opened

@@ -1,0 +1,132 @@
+/* Products of bfloat16 matrices with float32 sums: the one loop that everything here is built on.
+
+   C (32 x 32, float32) = A (32 x K) B (K x 32), K a multiple of 32.
+
+   A lies by rows, K after K. B lies in panels of 16 columns: K/2 rows of 16 pairs (b[k][n], b[k+1][n]), which is the order
+   in which the processor's dot products of pairs read it. Whatever is shorter than its multiple of 32 is filled with zeros.
+
+   Two forms of the same sums: with the tile registers (AMX: 8 tiles of 16 rows of 64 bytes, 16 x 16 x 32 products an
+   instruction; Intel's architecture instruction set extensions, chapter 3), and with AVX-512's dot product of pairs. */
+
+#ifndef TILES_H
+#define TILES_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+#define SIDE 32 /* of a block of C */
+#define HALF 16 /* float32 numbers in a register; columns of a panel */
+
+static inline long up(long n) { return (n + SIDE - 1) / SIDE * SIDE; }
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+/* the first n of 16 or 32 lanes, none where n < 0 */
+static inline __mmask16 first16(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+/* 16 pairs from two rows of 16 numbers: lane n is (a[n], b[n]) */
+static inline __m512i pairs(__m512 a, __m512 b) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+
+/* 32 numbers in a row, as bfloat16 */
+static inline __m512i narrow(__m512 a, __m512 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
+
+/* a 16 x 16 square of 32-bit lanes, rows for columns */
+static inline void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+#ifdef __AMX_BF16__
+
+/* Each thread says in which shape it uses its tiles: all have 16 rows of 64 bytes. In static memory, since gcc does not
+   know that the instruction reads all of it, and leaves out what is written there. */
+static inline void begin_tiles(void) {
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&shape);
+}
+static inline void end_tiles(void) { _tile_release(); }
+
+/* Nor does gcc know what the loads and stores of tiles read and write. */
+#define SETTLE __asm__ volatile("" ::: "memory")
+
+static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+    SETTLE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < k; i += 32) {
+        _tile_loadd(4, a + i, row * 2);
+        _tile_loadd(5, a + 16 * row + i, row * 2);
+        _tile_loadd(6, left + i * HALF, 64);
+        _tile_loadd(7, right + i * HALF, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, SIDE * 4);
+    _tile_stored(1, c + 16, SIDE * 4);
+    _tile_stored(2, c + 16 * SIDE, SIDE * 4);
+    _tile_stored(3, c + 16 * SIDE + 16, SIDE * 4);
+    SETTLE;
+}
+
+#else
+
+static inline void begin_tiles(void) {}
+static inline void end_tiles(void) {}
+
+static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+    for (int m = 0; m < SIDE; m += 8) {
+        __m512 sum[8][2];
+        for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        for (long i = 0; i < k; i += 2) {
+            __m512bh l = (__m512bh)_mm512_loadu_si512(left + i * HALF), h = (__m512bh)_mm512_loadu_si512(right + i * HALF);
+            for (int r = 0; r < 8; r++) {
+                int both;
+                memcpy(&both, a + (m + r) * row + i, 4);
+                __m512bh one = (__m512bh)_mm512_set1_epi32(both);
+                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], one, l);
+                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], one, h);
+            }
+        }
+        for (int r = 0; r < 8; r++)
+            for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (m + r) * SIDE + h * HALF, sum[r][h]);
+    }
+}
+
+#endif
+#endif
