@@ -1,11 +1,13 @@
 """What is seen of training while it runs: means over the epoch so far, and when to show them."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vaelab.errors import NoDensity
 from vaelab.recipes import Training
@@ -39,30 +41,55 @@ class Progress:
         return f"epoch {self.epoch}/{self.epochs}  {metrics}  {self.images_per_second:,.0f} images/s{skipped}"
 
 
-class Meter:
-    """Sums of rate and distortion with their counts, so that unequal batches average rightly; in float64."""
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over a batch came to.
 
-    def __init__(self, device: torch.device, interval: float = 0.2) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.has_rate = True
-        self.count, self.interval, self.last = 0, interval, time.perf_counter()
-        self.steps, self.norm_sum, self.norm_max, self.clipped = 0, 0.0, 0.0, 0
+    Attributes:
+        loss: what was differentiated, or NaN where nothing was.
+        rate: sum over images, in nats; None where the posterior has no density.
+        distortion: the same.
+        images: how many.
+    """
 
-    def add(self, trace: Trace, gradient_norm: float = 0.0, clip: float = 0.0) -> None:
+    loss: float
+    rate: float | None
+    distortion: float
+    images: int
+
+    @classmethod
+    def of(cls, trace: Trace, loss: Tensor | None = None) -> "Pass":
+        """Of a trace, and of what an objective made of it: one transfer from the device."""
         distortion = trace.distortion.detach()
         try:
             rate = trace.rate.detach().sum()
         except NoDensity:
-            rate, self.has_rate = torch.zeros((), device=distortion.device), False
-        self.sums += torch.stack([rate, distortion.sum()]).double()
-        self.count += len(distortion)
+            rate = None
+        told = [distortion.sum(), *(t.detach() for t in (loss, rate) if t is not None)]
+        total, *rest = torch.stack([t.double() for t in told]).tolist()
+        value = math.nan if loss is None else rest.pop(0)
+        return cls(value, None if rate is None else rest[0], total, len(distortion))
+
+
+class Meter:
+    """Sums of rate and distortion with their counts, so that unequal batches average rightly; in float64."""
+
+    def __init__(self, interval: float = 0.2) -> None:
+        self.rate, self.distortion = 0.0, 0.0
+        self.has_rate = True
+        self.count, self.interval, self.last = 0, interval, time.perf_counter()
+        self.steps, self.norm_sum, self.norm_max, self.clipped = 0, 0.0, 0.0, 0
+
+    def add(self, passed: Pass, gradient_norm: float = 0.0, clip: float = 0.0) -> None:
+        self.has_rate &= passed.rate is not None
+        self.rate, self.distortion = self.rate + (passed.rate or 0.0), self.distortion + passed.distortion
+        self.count += passed.images
         self.steps += 1
         self.norm_sum, self.norm_max = self.norm_sum + gradient_norm, max(self.norm_max, gradient_norm)
         self.clipped += 0 < clip < gradient_norm
 
     def means(self) -> tuple[float | None, float]:
-        rate, distortion = (self.sums / self.count).tolist()
-        return (rate if self.has_rate else None), distortion
+        return (self.rate / self.count if self.has_rate else None), self.distortion / self.count
 
     def gradient(self) -> dict[str, float]:
         """Of the gradient's norm before clipping: mean and largest over the steps, and the share that was clipped."""
@@ -84,10 +111,10 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; numbers of JSON come back with the same bits."""
         names = "has_rate", "count", "steps", "norm_sum", "norm_max", "clipped"
-        return {"sums": self.sums.tolist(), **{name: getattr(self, name) for name in names}}
+        return {"sums": [self.rate, self.distortion], **{name: getattr(self, name) for name in names}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
-        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.rate, self.distortion = map(float, state["sums"])
         for name in ("has_rate", "count", "steps", "norm_sum", "norm_max", "clipped"):
             setattr(self, name, state[name])

@@ -20,8 +20,9 @@ from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import Protocol, check
 from vaelab.data.protocol import protocol as protocol_named
 from vaelab.errors import Interrupted, NonFiniteError, NonFiniteStep, RunError, UsageError
-from vaelab.meter import Meter, Progress
+from vaelab.meter import Meter, Pass, Progress
 from vaelab.models.vae import VAE
+from vaelab.native.step import fused
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.objectives import Objective
 from vaelab.optim import Optimiser
@@ -89,7 +90,7 @@ def fit(
     steps_per_epoch = math.ceil(len(pixels) / training.batch_size)
     steps = steps_per_epoch * training.epochs
     history: list[Record] = []
-    seconds, step, skipped, meter = 0.0, 0, 0, Meter(device)
+    seconds, step, skipped, meter = 0.0, 0, 0, Meter()
 
     def now() -> float:
         return seconds + time.perf_counter() - began
@@ -97,6 +98,16 @@ def fit(
     def snapshot() -> Snapshot:
         return Snapshot(step, now(), list(history), meter.state(), skipped, optimiser.state(), untrained(model),
                         _generators(device))  # fmt: skip
+
+    def differentiate(x: Tensor, c: Tensor | None, noise: torch.Generator, step: int) -> Pass:
+        """Adds the gradient of the objective to what the parameters hold."""
+        if whole is not None:
+            return whole(x, noise, step)
+        with precision.autocast(device):
+            trace = model.trace(x, c, k=training.k, generator=noise)
+        loss = objective(trace, step).loss
+        loss.backward()
+        return Pass.of(trace, loss)
 
     with _own_generator(seed, device), precision.networks(model):
         optimiser = Optimiser(
@@ -107,6 +118,9 @@ def fit(
             if start is not None:
                 history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
                 _restore(start, model, optimiser, meter, device)
+            own = precision.name == "bfloat16" and device.type == "cpu"
+            whole = fused(model, objective, training.batch_size, training.k) if own else None
+            buffers = list(model.buffers())
             kept = began = time.perf_counter()
             while len(history) < training.epochs:
                 epoch = len(history) + 1
@@ -115,21 +129,17 @@ def fit(
                     noise = stream(seed, "noise", step, device=device)
                     x = protocol.training_batch(pixels.index_select(0, batch), noise)
                     c = None if labels is None else labels[batch]
-                    before = [buffer.clone() for buffer in model.buffers()]
-                    with precision.autocast(device):
-                        trace = model.trace(x, c, k=training.k, generator=noise)
-                    loss = objective(trace, step).loss
-                    loss.backward()
-                    value = loss.item()
-                    norm = optimiser.step(step, skip=not math.isfinite(value))
-                    if math.isfinite(value) and math.isfinite(norm):
-                        meter.add(trace, norm, training.clip)
+                    before = [buffer.clone() for buffer in buffers]
+                    passed = differentiate(x, c, noise, step)
+                    norm = optimiser.step(step, skip=not math.isfinite(passed.loss))
+                    if math.isfinite(passed.loss) and math.isfinite(norm):
+                        meter.add(passed, norm, training.clip)
                     else:
-                        for buffer, old in zip(model.buffers(), before, strict=True):
+                        for buffer, old in zip(buffers, before, strict=True):
                             buffer.copy_(old)  # the model is as it was before the step
                         if training.on_nonfinite == "stop":
                             keep(snapshot())
-                            raise _not_finite(step, epoch, value)
+                            raise _not_finite(step, epoch, passed.loss)
                         skipped += 1
                     step += 1
                     if meter.due():
@@ -148,7 +158,7 @@ def fit(
                     tested = test_metrics(model, test, test_labels, seed)
                 record = _record(epoch, step, seconds, len(pixels), meter, tested, skipped)
                 history.append(record)
-                meter = Meter(device)
+                meter = Meter()
                 on_epoch(record)
                 began = time.perf_counter()  # evaluation does not count
                 if epoch < training.epochs and began - kept >= keep_every:
@@ -323,10 +333,10 @@ def test_metrics(
     model: VAE, images: Tensor, labels: Tensor | None, seed: int, batch_size: int = 1000
 ) -> dict[str, float | None]:
     """Rate and distortion of the test images, with the same noise at every call, in nats per image."""
-    meter = Meter(images.device)
+    meter = Meter()
     with evaluating(model):
         for i, x in enumerate(images.split(batch_size)):
             c = None if labels is None else labels[i * batch_size : (i + 1) * batch_size]
-            meter.add(model.trace(x, c, generator=stream(seed, "eval", i, device=images.device)))
+            meter.add(Pass.of(model.trace(x, c, generator=stream(seed, "eval", i, device=images.device))))
     rate, distortion = meter.means()
     return {"rate": rate, "distortion": distortion}

@@ -159,7 +159,7 @@ def evaluation_corpus() -> tuple[bytes, ...]:
 def checkpoint_corpus() -> tuple[bytes, ...]:
     ones = torch.ones(3)
     snapshot = Snapshot(
-        3, 0.5, [{"epoch": 1, "test": {"rate": None}}], Meter(torch.device("cpu")).state(), 0,
+        3, 0.5, [{"epoch": 1, "test": {"rate": None}}], Meter().state(), 0,
         {"master": ones, "mean": ones, "count": torch.tensor(3)}, {"frequency": torch.zeros(2, 2)},
         {"cpu": torch.get_rng_state()[:40]},
     )  # fmt: skip

@@ -73,7 +73,7 @@ def test_a_short_last_batch_counts_by_its_images(trained):
 
 
 def test_a_meter_weighs_images_not_batches_and_knows_no_rate_of_a_dirac():
-    meter = Meter(torch.device("cpu"))
+    meter = Meter()
     for distortions in ([1.0, 1.0, 1.0], [9.0]):
         q = Delta(torch.zeros(len(distortions), 2))
         meter.add(Trace(q, -torch.tensor([distortions]), (Level(q, q, q.rsample()),)))

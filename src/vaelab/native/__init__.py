@@ -11,10 +11,13 @@ asks for that.
 
     tiles.h      the product of two matrices, block by block
     linear.c     linear layers: forward, and the gradients of weights and input
+    exact.c      the same in float32, for the layers that read or write codes
     pixels.c     log p(x) of Bernoulli pixels
+    step.c       a whole pass of the most used composition, from those parts
     adam.c       the optimiser's pass
     build.py     compiling, keeping, loading
     layers.py    the modules of a model that compute with them
+    step.py      which models are that composition
 """
 
 from vaelab.native.build import library, reason

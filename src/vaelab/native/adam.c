@@ -4,29 +4,25 @@
 
    where root = sqrt(1 - beta2^t), and of_m, of_g hold the correction of m's bias, and Nesterov's look ahead. g is cleared. */
 
-#include <immintrin.h>
-#include <math.h>
-
-#define FLUSH 0x8040 /* of the floating-point control word: numbers below 1e-38 are read and written as zero */
+#include "tiles.h"
 
 void adam(float *restrict w, float *restrict g, float *restrict m, float *restrict v, const long *sizes, const float *rates,
           long parts, float scale, float beta1, float beta2, float of_m, float of_g, float root, float eps, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-    unsigned before = _mm_getcsr();
-    _mm_setcsr(before | FLUSH);
-    for (long p = 0, begin = 0; p < parts; begin += sizes[p], p++) {
-        const float rate = rates[p], unroot = 1 / root;
+        unsigned control = begin_flushing();
+        for (long p = 0, begin = 0; p < parts; begin += sizes[p], p++) {
+            const float rate = rates[p], unroot = 1 / root;
 #pragma omp for simd schedule(static) nowait
-        for (long i = begin; i < begin + sizes[p]; i++) {
-            float gradient = scale * g[i];
-            m[i] = beta1 * m[i] + (1 - beta1) * gradient;
-            v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
-            w[i] -= rate * (of_m * m[i] + of_g * gradient) / (sqrtf(v[i]) * unroot + eps);
-            g[i] = 0;
+            for (long i = begin; i < begin + sizes[p]; i++) {
+                float gradient = scale * g[i];
+                m[i] = beta1 * m[i] + (1 - beta1) * gradient;
+                v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
+                w[i] -= rate * (of_m * m[i] + of_g * gradient) / (sqrtf(v[i]) * unroot + eps);
+                g[i] = 0;
+            }
         }
-    }
-    _mm_setcsr(before);
+        end_flushing(control);
     }
 }
 

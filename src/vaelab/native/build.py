@@ -16,8 +16,8 @@ import torch
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
-SOURCES = ("linear.c", "pixels.c", "adam.c", "start.c")
-HEADERS = ("tiles.h", "functions.h")
+SOURCES = ("linear.c", "exact.c", "pixels.c", "step.c", "adam.c", "start.c")
+HEADERS = ("tiles.h", "functions.h", "linear.h", "pixels.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
 COMPILERS = ("cc", "gcc", "clang")
@@ -29,6 +29,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_forward": (*[_pointer] * 4, *[_long] * 3, _pointer, _int),
     "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
+    "elbo_step": (*[_pointer] * 3, *[_long] * 3, _float, _int),
     "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int),
     "squares": (*[_pointer] * 2, _long, _int),
 }

@@ -1,11 +1,13 @@
-/* exp of 16 float32 numbers, to 2 units in the last place: 2^n times a polynomial of the rest, |rest| <= log(2) / 2. */
+/* Functions of 16 float32 numbers at once, to 2 units in the last place. */
 
 #ifndef FUNCTIONS_H
 #define FUNCTIONS_H
 
 #include <immintrin.h>
 
+/* 2^n times a polynomial of the rest, |rest| <= log(2) / 2 */
 static inline __m512 exp16(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x)); /* what is not a number stays so */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x); /* log(2) in two parts, the first of few bits */
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -18,6 +20,34 @@ static inline __m512 exp16(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
+}
+
+static inline __m512 sigmoid16(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+/* sin x and cos x for |x| < 10^4 or so: the rest of x / (pi / 2), and which quarter of the circle it is in */
+static inline void sincos16(__m512 x, __m512 *sine, __m512 *cosine) {
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0.63661977f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.57079637f), x); /* pi / 2 in two parts */
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-4.37113883e-8f), r);
+    __m512 q = _mm512_mul_ps(r, r);
+    __m512 s = _mm512_fmadd_ps(q, _mm512_set1_ps(2.7557319e-6f), _mm512_set1_ps(-1.9841270e-4f));
+    s = _mm512_fmadd_ps(q, s, _mm512_set1_ps(8.3333333e-3f));
+    s = _mm512_fmadd_ps(q, s, _mm512_set1_ps(-1.6666667e-1f));
+    s = _mm512_fmadd_ps(_mm512_mul_ps(q, s), r, r);
+    __m512 c = _mm512_fmadd_ps(q, _mm512_set1_ps(2.4801587e-5f), _mm512_set1_ps(-1.3888889e-3f));
+    c = _mm512_fmadd_ps(q, c, _mm512_set1_ps(4.1666667e-2f));
+    c = _mm512_fmadd_ps(q, c, _mm512_set1_ps(-0.5f));
+    c = _mm512_fmadd_ps(q, c, _mm512_set1_ps(1.0f));
+    __m512i quarter = _mm512_cvtps_epi32(n);
+    __mmask16 swap = _mm512_test_epi32_mask(quarter, _mm512_set1_epi32(1));
+    __m512i below = _mm512_slli_epi32(_mm512_and_si512(quarter, _mm512_set1_epi32(2)), 30);
+    __m512i left = _mm512_slli_epi32(
+        _mm512_and_si512(_mm512_add_epi32(quarter, _mm512_set1_epi32(1)), _mm512_set1_epi32(2)), 30);
+    *sine = (__m512)_mm512_xor_si512((__m512i)_mm512_mask_blend_ps(swap, s, c), below);
+    *cosine = (__m512)_mm512_xor_si512((__m512i)_mm512_mask_blend_ps(swap, c, s), left);
 }
 
 #endif

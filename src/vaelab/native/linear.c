@@ -9,7 +9,7 @@
    each step. So w is read row after row, as the processor expects; what is converted stays with the thread that needs it; and
    dw is asked for one block ahead. */
 
-#include "tiles.h"
+#include "linear.h"
 
 /* Rows of x (m, k) as rows of A: out (up(m), up(k)). Row i. */
 static inline void as_row(const float *x, long m, long k, long i, bf16 *out) {
@@ -102,75 +102,88 @@ static inline void expect(const float *c, long m, long n, long i, long j) {
     }
 }
 
-void linear_forward(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch,
-                    int threads) {
+void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch) {
     bf16 *rows = scratch, *columns = scratch + up(n) * up(k);
     long depth = up(k), blocks = up(n) / SIDE;
-#pragma omp parallel num_threads(threads)
-    {
-        float sums[SIDE * SIDE] __attribute__((aligned(64)));
-        begin_tiles();
+    float sums[SIDE * SIDE] __attribute__((aligned(64)));
+    begin_tiles();
 #pragma omp for schedule(static)
-        for (long p = 0; p < up(m) / HALF; p++) as_columns(x, m, k, p, columns);
+    for (long p = 0; p < up(m) / HALF; p++) as_columns(x, m, k, p, columns);
 #pragma omp for schedule(static)
-        for (long t = 0; t < blocks; t++) {
-            for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows);
-            for (long i = 0; i < m; i += SIDE) {
-                block(rows + t * SIDE * depth, depth, columns + i * depth, columns + (i + HALF) * depth, depth, sums);
-                put_transposed(sums, b, m, n, i, t * SIDE, y);
+    for (long t = 0; t < blocks; t++) {
+        for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows);
+        for (long i = 0; i < m; i += SIDE) {
+            block(rows + t * SIDE * depth, depth, columns + i * depth, columns + (i + HALF) * depth, depth, sums);
+            put_transposed(sums, b, m, n, i, t * SIDE, y);
+        }
+    }
+    end_tiles();
+}
+
+void linear_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
+                            long k, bf16 *scratch, int threads) {
+    bf16 *down = scratch, *inputs = down + up(n) * up(m), *across = inputs + up(m) * up(k), *weights = across + up(m) * up(n);
+    long panels = up(k) / HALF, columns = up(k) / SIDE, strip = (panels + threads - 1) / threads;
+    float sums[SIDE * SIDE] __attribute__((aligned(64)));
+    begin_tiles();
+    if (dw) {
+#pragma omp for schedule(static)
+        for (long s = 0; s < threads; s++)
+            as_panels(x, m, k, least(panels, s * strip), least(panels, (s + 1) * strip), inputs);
+#pragma omp for schedule(static) nowait
+        for (long t = 0; t < up(n) / SIDE; t++) {
+            as_16_rows(dy, m, n, 2 * t, down);
+            as_16_rows(dy, m, n, 2 * t + 1, down);
+            expect(dw, n, k, t * SIDE, 0);
+            for (long j = 0; j < columns * SIDE; j += SIDE) {
+                if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
+                block(down + t * SIDE * up(m), up(m), inputs + j * up(m), inputs + (j + HALF) * up(m), up(m), sums);
+                put(sums, 1, n, k, t * SIDE, j, dw);
             }
         }
-        end_tiles();
+    }
+    if (db) {
+#pragma omp for schedule(static) nowait
+        for (long j = 0; j < n; j += 16) {
+            __mmask16 inside = first16(n - j);
+            __m512 sum = _mm512_setzero_ps();
+            for (long i = 0; i < m; i++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, dy + i * n + j));
+            _mm512_mask_storeu_ps(db + j, inside, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, db + j)));
+        }
+    }
+    if (dx) {
+#pragma omp for schedule(static) nowait
+        for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, across);
+#pragma omp for schedule(static)
+        for (long s = 0; s < threads; s++)
+            as_panels(w, n, k, least(panels, s * strip), least(panels, (s + 1) * strip), weights);
+#pragma omp for schedule(static) nowait
+        for (long j = 0; j < columns * SIDE; j += SIDE)
+            for (long i = 0; i < m; i += SIDE) {
+                block(across + i * up(n), up(n), weights + j * up(n), weights + (j + HALF) * up(n), up(n), sums);
+                put(sums, 0, m, k, i, j, dx);
+            }
+    }
+#pragma omp barrier
+    end_tiles();
+}
+
+void linear_forward(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch,
+                    int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        unsigned control = begin_flushing();
+        linear_forward_shared(x, w, b, y, m, n, k, scratch);
+        end_flushing(control);
     }
 }
 
-/* dw += dy' x and db += the sums of dy over rows, db or null; dx = dy w, or null. */
 void linear_backward(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
                      long k, bf16 *scratch, int threads) {
-    bf16 *down = scratch, *inputs = down + up(n) * up(m), *across = inputs + up(m) * up(k), *weights = across + up(m) * up(n);
-    long panels = up(k) / HALF, columns = up(k) / SIDE, strip = (panels + threads - 1) / threads;
 #pragma omp parallel num_threads(threads)
     {
-        float sums[SIDE * SIDE] __attribute__((aligned(64)));
-        begin_tiles();
-        if (dw) {
-#pragma omp for schedule(static)
-            for (long s = 0; s < threads; s++)
-                as_panels(x, m, k, least(panels, s * strip), least(panels, (s + 1) * strip), inputs);
-#pragma omp for schedule(static) nowait
-            for (long t = 0; t < up(n) / SIDE; t++) {
-                as_16_rows(dy, m, n, 2 * t, down);
-                as_16_rows(dy, m, n, 2 * t + 1, down);
-                expect(dw, n, k, t * SIDE, 0);
-                for (long j = 0; j < columns * SIDE; j += SIDE) {
-                    if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
-                    block(down + t * SIDE * up(m), up(m), inputs + j * up(m), inputs + (j + HALF) * up(m), up(m), sums);
-                    put(sums, 1, n, k, t * SIDE, j, dw);
-                }
-            }
-        }
-        if (db) {
-#pragma omp for schedule(static) nowait
-            for (long j = 0; j < n; j += 16) {
-                __mmask16 inside = first16(n - j);
-                __m512 sum = _mm512_setzero_ps();
-                for (long i = 0; i < m; i++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, dy + i * n + j));
-                _mm512_mask_storeu_ps(db + j, inside, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, db + j)));
-            }
-        }
-        if (dx) {
-#pragma omp for schedule(static) nowait
-            for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, across);
-#pragma omp for schedule(static)
-            for (long s = 0; s < threads; s++)
-                as_panels(w, n, k, least(panels, s * strip), least(panels, (s + 1) * strip), weights);
-#pragma omp for schedule(static)
-            for (long j = 0; j < columns * SIDE; j += SIDE)
-                for (long i = 0; i < m; i += SIDE) {
-                    block(across + i * up(n), up(n), weights + j * up(n), weights + (j + HALF) * up(n), up(n), sums);
-                    put(sums, 0, m, k, i, j, dx);
-                }
-        }
-        end_tiles();
+        unsigned control = begin_flushing();
+        linear_backward_shared(x, w, dy, dw, db, dx, m, n, k, scratch, threads);
+        end_flushing(control);
     }
 }

@@ -24,7 +24,16 @@ typedef uint16_t bf16;
 static inline long up(long n) { return (n + SIDE - 1) / SIDE * SIDE; }
 static inline long least(long a, long b) { return a < b ? a : b; }
 
-/* the first n of 16 or 32 lanes, none where n < 0 */
+/* Numbers below 1e-38 are read and written as zero: the processor takes a hundred times as long for each of them, and the
+   moments of pixels that are hardly ever lit decay to such numbers. Of the calling thread; begin gives what end restores. */
+static inline unsigned begin_flushing(void) {
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+    return before;
+}
+static inline void end_flushing(unsigned before) { _mm_setcsr(before); }
+
+/* the first n of 16 lanes, none where n < 0 */
 static inline __mmask16 first16(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 
 /* 16 pairs from two rows of 16 numbers: lane n is (a[n], b[n]) */

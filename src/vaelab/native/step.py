@@ -1,0 +1,180 @@
+"""The whole pass of the most used composition, forward and backward, in one call of `step.c`.
+
+Between two products of a network of this size Python and autograd take longer than the products. So where a model is a chain
+of known operations around a diagonal Gaussian, a standard normal and Bernoulli pixels, and what is differentiated is its ELBO,
+the chain is written down once (`fused`), and each pass runs it. Any other composition goes through autograd, layer by layer
+(`layers.py`); the results are the same (tests/train/test_native_step.py).
+"""
+
+import ctypes
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from vaelab.likelihoods import Bernoulli, GreyCrossEntropy
+from vaelab.meter import Pass
+from vaelab.models.vae import VAE
+from vaelab.native.build import library
+from vaelab.nn.mean import AroundMean, Centred
+from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
+from vaelab.objectives import ELBO, Objective
+from vaelab.posteriors import Gaussian
+from vaelab.priors import StandardNormal
+from vaelab.schedules import at
+
+LINEAR, EXACT, ADD, SUBTRACT, RELU, SILU, WAVES = range(7)
+"""Kinds of operations, as in `step.c`."""
+
+
+class _Unknown(Exception):
+    """A module that `step.c` has no operation for."""
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("kind", "inputs", "outputs")),
+        *((name, ctypes.c_void_p) for name in ("w", "b", "dw", "db", "value")),
+    )
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        ("encoder", ctypes.POINTER(_Operation)), ("decoder", ctypes.POINTER(_Operation)),
+        *((name, ctypes.c_long) for name in ("encoders", "decoders", "dim")),
+        *((name, ctypes.c_void_p) for name in
+          ("code", "code_gradient", "log_px", "rate", "gradient", "other", "sums", "scratch")),
+    )  # fmt: skip
+
+
+def fused(model: VAE, objective: Objective, batch: int, k: int) -> "Fused | None":
+    """The pass of a model whose parameters have their .grad (`vaelab.optim`), None where `step.c` does not have it.
+
+    Args:
+        model: in bfloat16 training on a CPU; its parameters must keep their places in memory.
+        objective: what is differentiated.
+        batch: images at most.
+        k: samples of the posterior for each image.
+    """
+    composed = (
+        type(model.posterior) is Gaussian
+        and type(model.prior) is StandardNormal
+        and type(model.likelihood) in (Bernoulli, GreyCrossEntropy)
+        and type(objective) is ELBO
+        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    )
+    if not composed or library() is None:
+        return None
+    try:
+        encoder = [*_chain(model.encoder), *_chain(model.posterior.head)]
+        decoder = _chain(model.likelihood.decoder, model.latent_dim)
+        return Fused(encoder, decoder, model.latent_dim, objective, batch, k)
+    except _Unknown:
+        return None
+
+
+class Fused:
+    """Computes the mean over images of distortion + beta rate, adds its gradient to the parameters' .grad, and returns sums.
+
+    Args:
+        encoder: images to the posterior's parameters.
+        decoder: codes to logits.
+        dim: of a code.
+        objective: whose beta is taken.
+        batch: images at most.
+        k: samples of the posterior for each image.
+    """
+
+    def __init__(
+        self, encoder: list[_Operation], decoder: list[_Operation], dim: int, objective: ELBO, batch: int, k: int
+    ) -> None:
+        for chain in (encoder, decoder):
+            if any(one.outputs != other.inputs for one, other in pairwise(chain)):
+                raise _Unknown
+        if not encoder or not decoder or encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
+            raise _Unknown
+        self.objective, self.dim, self.k = objective, dim, k
+        self.inputs, self.pixels = encoder[0].inputs, decoder[-1].outputs
+        self.held: list[Tensor] = []
+        for chain, rows in ((encoder, batch), (decoder, k * batch)):
+            for operation in chain:
+                operation.value = self._room(rows * operation.outputs)
+        rows, widest = k * batch, max(max(o.inputs, o.outputs) for o in (*encoder, *decoder))
+        scratch = max(_scratch(o, n) for chain, n in ((encoder, batch), (decoder, rows)) for o in chain)
+        self.sums = torch.empty(2, dtype=torch.float64)
+        self.chains = [(_Operation * len(chain))(*chain) for chain in (encoder, decoder)]
+        self.plan = _Plan(
+            *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim), self._room(rows * dim),
+            self._room(rows), self._room(batch), self._room(rows * widest), self._room(rows * widest),
+            self.sums.data_ptr(), self._room(scratch),
+        )  # fmt: skip
+
+    def __call__(self, x: Tensor, generator: torch.Generator, step: int) -> Pass:
+        """Of images x (B, *X), with noise from a generator."""
+        x, images = x.contiguous(), len(x)
+        noise = torch.randn((self.k, images, self.dim), generator=generator)
+        beta = at(self.objective.beta, step)
+        kernels = library()
+        assert kernels is not None  # `fused` asked
+        kernels.elbo_step(
+            ctypes.byref(self.plan), x.data_ptr(), noise.data_ptr(), images, self.pixels, self.k, beta,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        rate, distortion = self.sums.tolist()
+        return Pass((distortion + beta * rate) / images, rate, distortion, images)
+
+    def _room(self, numbers: int) -> int:
+        """The address of so many float32 numbers, aligned to lines and with some to spare, held as long as this."""
+        self.held.append(torch.empty(numbers + 64))
+        return -(-self.held[-1].data_ptr() // 64) * 64
+
+
+def _scratch(operation: _Operation, rows: int) -> int:
+    """float32 numbers that an operation on so many rows needs for itself, see `linear.c` and `exact.c`."""
+    m, n, k = (-(-size // 32) * 32 for size in (rows, operation.outputs, operation.inputs))
+    return n * k + m * n + (m * k + 1) // 2
+
+
+def _chain(module: nn.Module, width: int = 0) -> list[_Operation]:
+    """The operations of a module on rows of `width` numbers, 0 where that is not known yet. Raises _Unknown."""
+    kind = type(module)
+    if kind is nn.Sequential:
+        found: list[_Operation] = []
+        for part in module:
+            found += _chain(part, found[-1].outputs if found else width)
+        return found
+    if kind is MLP:
+        return _chain(module.layers, width)
+    if kind is Centred:
+        n = module.constant.numel()
+        return [_Operation(SUBTRACT, n, n, _address(module.constant)), *_chain(module.network, n)]
+    if kind is AroundMean:
+        n = module.constant.numel()
+        return [*_chain(module.network, width), _Operation(ADD, n, n, _address(module.constant))]
+    if kind is FourierMLP:
+        k, count = module.frequency.shape
+        waves = _Operation(WAVES, k, k + count, _address(module.frequency), _address(module.phase))
+        return [waves, *_chain(module.network, k + count)]
+    if kind in (nn.Linear, ExactLinear):
+        n, k = module.weight.shape
+        own = [(None, None) if p is None else (_address(p), _address(p.grad) if p.requires_grad else None)
+               for p in (module.weight, module.bias)]  # fmt: skip
+        (w, dw), (b, db) = own
+        return [_Operation(LINEAR if kind is nn.Linear else EXACT, k, n, w, b, dw, db)]
+    if kind in (nn.ReLU, nn.SiLU) and width:
+        return [_Operation(RELU if kind is nn.ReLU else SILU, width, width)]
+    reshapes = (
+        kind is nn.Identity
+        or (kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1))
+        or (kind is nn.Unflatten and module.dim == -1)
+    )
+    if not reshapes:
+        raise _Unknown
+    return []
+
+
+def _address(tensor: Tensor | None) -> int:
+    """Raises _Unknown where it is not plain float32 numbers."""
+    if tensor is None or tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise _Unknown
+    return tensor.data_ptr()
