@@ -50,12 +50,14 @@ class Pass:
         rate: sum over images, in nats; None where the posterior has no density.
         distortion: the same.
         images: how many.
+        gradient_norm: of the gradient, where the pass has set it rather than added to it; else None.
     """
 
     loss: float
     rate: float | None
     distortion: float
     images: int
+    gradient_norm: float | None = None
 
     @classmethod
     def of(cls, trace: Trace, loss: Tensor | None = None) -> "Pass":

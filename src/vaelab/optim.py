@@ -75,18 +75,18 @@ class Adam:
         self.weights, self.gradient = weights, gradient
         self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
         self.count = torch.zeros(len(parts), device=weights.device)
+        self.taken = 0
         self.sizes = [size for size, _ in parts]
         self.kernels = library() if weights.device.type == "cpu" else None
 
-    def step(self, lr: float, scale: float = 1.0) -> None:
-        """One update from `scale` times the gradient, which is cleared."""
+    def step(self, lr: float, scale: float = 1.0, clear: bool = True) -> None:
+        """One update from `scale` times the gradient, which is cleared afterwards, or may be."""
         if not self.sizes:
             return
         if self.kernels is None:
             self._step_of_torch(lr, scale)
             return
-        self.count += 1
-        t = int(self.count[0])
+        self.taken = t = self.taken + 1
         of_mean, of_gradient = 1 / (1 - BETA1**t), 0.0
         if self.nesterov:
             of_mean, of_gradient = BETA1 / (1 - BETA1 ** (t + 1)), (1 - BETA1) * of_mean
@@ -94,8 +94,18 @@ class Adam:
         self.kernels.adam(
             self.weights.data_ptr(), self.gradient.data_ptr(), self.mean.data_ptr(), self.square.data_ptr(),
             (c_long * count)(*self.sizes), (c_float * count)(*(lr * multiple for multiple in self.multiples)), count,
-            scale, BETA1, self.beta2, of_mean, of_gradient, math.sqrt(1 - self.beta2**t), EPSILON, torch.get_num_threads(),
+            scale, BETA1, self.beta2, of_mean, of_gradient, math.sqrt(1 - self.beta2**t), EPSILON, clear,
+            torch.get_num_threads(),
         )  # fmt: skip
+
+    def counts(self) -> Tensor:
+        """Updates of each part so far, as torch's kernel counts them."""
+        return self.count if self.kernels is None else self.count.fill_(self.taken)
+
+    def counted(self, counts: Tensor) -> None:
+        """Go on after so many."""
+        self.count.copy_(counts)
+        self.taken = int(counts.max()) if len(counts) else 0
 
     def _step_of_torch(self, lr: float, scale: float) -> None:
         if scale != 1:
@@ -191,27 +201,33 @@ class Optimiser:
             self.muon = torch.optim.Muon(wide, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, step: int, skip: bool = False) -> float:
+    def step(self, step: int, skip: bool = False, norm: float | None = None) -> float:
         """One update from the parameters' gradients, which are cleared; returns the gradient's norm before clipping.
 
         Nothing is updated where the norm is not finite, or with `skip`.
+
+        Args:
+            step: of all.
+            skip: whether to leave the weights as they are.
+            norm: of the gradient, where the next pass sets it rather than adds to it: then it need not be cleared.
         """
         if self.copies:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p, _, _ in self.copies]
             torch._foreach_copy_([g for _, _, g in self.copies], grads)  # type: ignore[attr-defined]
-        norm = self._norm()
+        add = norm is None
+        norm = self._norm() if norm is None else norm
         if math.isfinite(norm) and not skip:
-            self._update(step, norm)
+            self._update(step, norm, add)
         else:
             self.gradient.zero_()
         for p, _, _ in self.copies:
             p.grad = None
         return norm
 
-    def _update(self, step: int, norm: float) -> None:
+    def _update(self, step: int, norm: float, clear: bool) -> None:
         scale = self.clip / norm if 0 < self.clip < norm else 1.0
         lr = self.lr * self.schedule(step / self.steps)
-        self.adam.step(lr, scale)
+        self.adam.step(lr, scale, clear)
         if self.muon is not None:
             rest = self.gradient[len(self.adam.gradient) :]
             rest.mul_(scale)
@@ -228,12 +244,15 @@ class Optimiser:
         kernels = self.adam.kernels
         if kernels is None:
             return math.sqrt(float(torch.dot(self.gradient, self.gradient)))
-        kernels.squares(self.gradient.data_ptr(), self.squares.data_ptr(), len(self.gradient), torch.get_num_threads())
-        return math.sqrt(float(self.squares.sum()))
+        return math.sqrt(
+            kernels.squares(
+                self.gradient.data_ptr(), self.squares.data_ptr(), len(self.gradient), torch.get_num_threads()
+            )
+        )
 
     def state(self) -> dict[str, Tensor]:
         """All that the next update depends on, besides the gradient: views, not copies."""
-        found = {"master": self.master, "mean": self.adam.mean, "square": self.adam.square, "count": self.adam.count}
+        found = {"master": self.master, "mean": self.adam.mean, "square": self.adam.square, "count": self.adam.counts()}
         if self.averaged is not None:
             found["averaged"] = self.averaged
         return found | {f"momentum/{i}": buffer for i, buffer in enumerate(self._momenta())}
@@ -251,6 +270,7 @@ class Optimiser:
             raise RunError("this checkpoint is of another model or optimiser: train again, without --resume")
         for name, tensor in own.items():
             tensor.copy_(state[name])
+        self.adam.counted(state["count"])
         self._bind()
 
     def _momenta(self) -> list[Tensor]:

@@ -120,18 +120,19 @@ def fit(
                 _restore(start, model, optimiser, meter, device)
             own = precision.name == "bfloat16" and device.type == "cpu"
             whole = fused(model, objective, training.batch_size, training.k) if own else None
-            buffers = list(model.buffers())
+            buffers = [] if whole else list(model.buffers())  # which a network may change in its forward pass
+            noise = torch.Generator(device)
             kept = began = time.perf_counter()
             while len(history) < training.epochs:
                 epoch = len(history) + 1
                 order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
                 for batch in order.split(training.batch_size)[step - (epoch - 1) * steps_per_epoch :]:
-                    noise = stream(seed, "noise", step, device=device)
-                    x = protocol.training_batch(pixels.index_select(0, batch), noise)
+                    noise.manual_seed(stream_seed(seed, "noise", step))
+                    x = protocol.training_batch(pixels, noise, batch)
                     c = None if labels is None else labels[batch]
                     before = [buffer.clone() for buffer in buffers]
                     passed = differentiate(x, c, noise, step)
-                    norm = optimiser.step(step, skip=not math.isfinite(passed.loss))
+                    norm = optimiser.step(step, not math.isfinite(passed.loss), passed.gradient_norm)
                     if math.isfinite(passed.loss) and math.isfinite(norm):
                         meter.add(passed, norm, training.clip)
                     else:

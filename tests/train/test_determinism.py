@@ -81,9 +81,9 @@ def test_how_many_epochs_will_follow_changes_nothing_before(trained):
 
 def test_each_epoch_sees_every_image_once_in_a_new_order(digits, small):
     class Spy(Protocol):
-        def training_batch(self, pixels, generator):
-            seen.append(pixels)
-            return super().training_batch(pixels, generator)
+        def training_batch(self, pixels, generator, index=None):
+            seen.append(pixels[index])
+            return super().training_batch(pixels, generator, index)
 
     chosen, seen = small(), []
     spy = Spy("threshold", "binary", False, "")

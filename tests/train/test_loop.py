@@ -11,7 +11,7 @@ from vaelab.data.protocol import protocol
 from vaelab.distributions import Delta
 from vaelab.errors import Interrupted, NonFiniteError, UsageError
 from vaelab.evaluation import codes_of
-from vaelab.meter import Meter
+from vaelab.meter import Meter, Pass
 from vaelab.models.vae import VAE
 from vaelab.nn.mlp import MLP
 from vaelab.objectives import ELBO
@@ -76,7 +76,7 @@ def test_a_meter_weighs_images_not_batches_and_knows_no_rate_of_a_dirac():
     meter = Meter()
     for distortions in ([1.0, 1.0, 1.0], [9.0]):
         q = Delta(torch.zeros(len(distortions), 2))
-        meter.add(Trace(q, -torch.tensor([distortions]), (Level(q, q, q.rsample()),)))
+        meter.add(Pass.of(Trace(q, -torch.tensor([distortions]), (Level(q, q, q.rsample()),))))
     assert meter.means() == (None, 3.0)
 
 

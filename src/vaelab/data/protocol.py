@@ -66,13 +66,23 @@ class Protocol:
                 "choose the data set mnist-static, or --protocol dynamic"
             )
 
-    def training_batch(self, pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
-        """Bytes (B, *X) to what training sees, float32 (B, *X) in [0, 1]."""
+    def training_batch(self, pixels: "Tensor", generator: "torch.Generator", index: "Tensor | None" = None) -> "Tensor":
+        """Bytes (N, *X) to what training sees, float32 (B, *X) in [0, 1].
+
+        Args:
+            pixels: of the data set, or of a batch.
+            generator: of what is drawn.
+            index: which images (B,), all if None.
+        """
+        own = _natively(self.name, pixels, index, generator) if index is not None else None
+        if own is not None:
+            return own
+        batch = pixels if index is None else pixels.index_select(0, index)
         if self.name == "dynamic":
-            return _bits(pixels, generator)
+            return _bits(batch, generator)
         if self.name == "dequantised":
-            return _spread(pixels, _noise(pixels, generator))
-        return _fixed(self.name, pixels)
+            return _spread(batch, _noise(batch, generator))
+        return _fixed(self.name, batch)
 
     def test_set(self, pixels: np.ndarray) -> "Tensor":
         """Bytes (N, *X) to the fixed test images, float32; the same for every run and every seed.
@@ -90,6 +100,27 @@ class Protocol:
             noise = np.random.default_rng(TEST_DRAW_SEED).integers(-(2**15), 2**15, pixels.shape, np.int16)
             return _spread(torch.from_numpy(pixels), torch.from_numpy(noise))
         return _fixed(self.name, torch.from_numpy(pixels))
+
+
+def _natively(name: str, pixels: "Tensor", index: "Tensor", generator: "torch.Generator") -> "Tensor | None":
+    """The same, images `index` of the data set, in one pass of vaelab's own kernel: where there is one."""
+    import torch
+
+    from vaelab.native import library
+
+    plain = pixels.device.type == index.device.type == "cpu" and pixels.is_contiguous() and index.is_contiguous()
+    kernels = library() if plain and name in ("grey", "dynamic") else None
+    if kernels is None:
+        return None
+    shape = (len(index), *pixels.shape[1:])
+    out, size = torch.empty(shape), pixels[0].numel()
+    at, into, threads = index.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    if name == "grey":
+        kernels.grey(pixels.data_ptr(), at, into, len(index), size, threads)
+    else:
+        noise = _noise(torch.empty(shape, dtype=torch.uint8), generator)
+        kernels.bits(pixels.data_ptr(), at, noise.data_ptr(), into, len(index), size, threads)
+    return out
 
 
 def _bits(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
@@ -125,7 +156,7 @@ def _noise(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
 
 
 def _fixed(name: str, pixels: "Tensor") -> "Tensor":
-    return (pixels >= 128).float() if name in ("threshold", "static") else pixels.float().div_(255)
+    return (pixels >= 128).float() if name in ("threshold", "static") else pixels / 255
 
 
 PROTOCOLS = {

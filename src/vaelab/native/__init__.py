@@ -10,8 +10,8 @@ something is missing, everything runs in torch's kernels: `library()` is None, a
 asks for that.
 
     tiles.h      the product of two matrices, block by block
+    images.c     a batch of a data set's images
     linear.c     linear layers: forward, and the gradients of weights and input
-    exact.c      the same in float32, for the layers that read or write codes
     pixels.c     log p(x) of Bernoulli pixels
     step.c       a whole pass of the most used composition, from those parts
     adam.c       the optimiser's pass

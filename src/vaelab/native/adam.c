@@ -2,12 +2,12 @@
 
        m = beta1 m + (1 - beta1) g      v = beta2 v + (1 - beta2) g^2      w -= rate (of_m m + of_g g) / (sqrt(v) / root + eps)
 
-   where root = sqrt(1 - beta2^t), and of_m, of_g hold the correction of m's bias, and Nesterov's look ahead. g is cleared. */
+   where root = sqrt(1 - beta2^t), and of_m, of_g hold the correction of m's bias, and Nesterov's look ahead. g is cleared where it will be added to. */
 
 #include "tiles.h"
 
 void adam(float *restrict w, float *restrict g, float *restrict m, float *restrict v, const long *sizes, const float *rates,
-          long parts, float scale, float beta1, float beta2, float of_m, float of_g, float root, float eps, int threads) {
+          long parts, float scale, float beta1, float beta2, float of_m, float of_g, float root, float eps, int clear, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
@@ -19,7 +19,7 @@ void adam(float *restrict w, float *restrict g, float *restrict m, float *restri
                 m[i] = beta1 * m[i] + (1 - beta1) * gradient;
                 v[i] = beta2 * v[i] + (1 - beta2) * gradient * gradient;
                 w[i] -= rate * (of_m * m[i] + of_g * gradient) / (sqrtf(v[i]) * unroot + eps);
-                g[i] = 0;
+                if (clear) g[i] = 0;
             }
         }
         end_flushing(control);
@@ -28,8 +28,8 @@ void adam(float *restrict w, float *restrict g, float *restrict m, float *restri
 
 #define CHUNK 4096
 
-/* The sum of squares in each run of 4,096 numbers, so that the total does not depend on the number of threads. */
-void squares(const float *x, double *sums, long n, int threads) {
+/* The sum of squares, by way of the sums of each run of 4,096 numbers, so that it does not depend on the number of threads. */
+double squares(const float *x, double *sums, long n, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long c = 0; c < (n + CHUNK - 1) / CHUNK; c++) {
         long end = (c + 1) * CHUNK < n ? (c + 1) * CHUNK : n;
@@ -42,4 +42,7 @@ void squares(const float *x, double *sums, long n, int threads) {
         for (int j = 0; j < 64; j++) sum += lane[j];
         sums[c] = sum;
     }
+    double total = 0;
+    for (long c = 0; c < (n + CHUNK - 1) / CHUNK; c++) total += sums[c];
+    return total;
 }

@@ -16,7 +16,7 @@ import torch
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
-SOURCES = ("linear.c", "exact.c", "pixels.c", "step.c", "adam.c", "start.c")
+SOURCES = ("images.c", "linear.c", "pixels.c", "step.c", "adam.c", "start.c")
 HEADERS = ("tiles.h", "functions.h", "linear.h", "pixels.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
@@ -26,13 +26,16 @@ SECONDS = 120
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "linear_forward": (*[_pointer] * 4, *[_long] * 3, _pointer, _int),
-    "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
+    "linear_forward": (*[_pointer] * 4, *[_long] * 3, _int, _pointer, _int),
+    "linear_backward": (*[_pointer] * 6, *[_long] * 3, _int, _pointer, _int),
+    "grey": (*[_pointer] * 3, *[_long] * 2, _int),
+    "bits": (*[_pointer] * 4, *[_long] * 2, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
     "elbo_step": (*[_pointer] * 3, *[_long] * 3, _float, _int),
-    "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int),
+    "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int, _int),
     "squares": (*[_pointer] * 2, _long, _int),
 }
+RESULTS: dict[str, type] = {"squares": ctypes.c_double}
 
 
 class _Unavailable(Exception):
@@ -121,7 +124,7 @@ def _compile(flags: Sequence[str], sources: Path, to: Path) -> None:
             if done.returncode:
                 said = (done.stderr.strip() or "no message").splitlines()
                 raise _Unavailable(f"the C compiler does not take vaelab's own ({said[0][:200]})")
-        os.replace(f"{folder}/made.so", to)
+        Path(f"{folder}/made.so").replace(to)
 
 
 def _open(path: Path) -> ctypes.CDLL:
@@ -130,5 +133,5 @@ def _open(path: Path) -> ctypes.CDLL:
         raise _Unavailable("the system does not give the processor's tile registers")
     for name, arguments in SIGNATURES.items():
         function = getattr(opened, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, RESULTS.get(name)
     return opened

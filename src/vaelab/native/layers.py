@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from vaelab.native.build import library
 
+COARSE, FULL = 1, 3
+"""Parts of a number that are multiplied, as in `linear.h`: bfloat16 products, or what float32 gives."""
 LAYERS = (nn.Linear,)
 """Exact classes whose forward is replaced inside `accelerated`; a subclass may compute something else."""
 
@@ -56,7 +58,7 @@ class _Linear(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], n)
         scratch = _scratch(_up(m) * _up(k) + _up(n) * _up(k))
         _kernels().linear_forward(
-            x.data_ptr(), weight.data_ptr(), _address(bias), y.data_ptr(), m, n, k,
+            x.data_ptr(), weight.data_ptr(), _address(bias), y.data_ptr(), m, n, k, COARSE,
             scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias)
@@ -75,7 +77,7 @@ class _Linear(torch.autograd.Function):
         (to, db) = _sink(bias) if bias is not None and ctx.needs_input_grad[2] else (None, None)
         scratch = _scratch(_up(m) * (2 * _up(n) + _up(k)) + _up(n) * _up(k))
         _kernels().linear_backward(
-            x.data_ptr(), weight.data_ptr(), dy.data_ptr(), _address(into), _address(to), _address(dx), m, n, k,
+            x.data_ptr(), weight.data_ptr(), dy.data_ptr(), _address(into), _address(to), _address(dx), m, n, k, COARSE,
             scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return dx, dw, db

@@ -1,9 +1,7 @@
-/* Linear layers: y = x w' + b, and what backward needs of it. Float32 in and out, products of bfloat16 with float32 sums.
+/* Linear layers: y = x w' + b, and what backward needs of it. Scratch is given by the caller, in bfloat16 numbers:
 
-   x (m, k), w (n, k), b (n), y and its gradient dy (m, n), all by rows. Scratch is bfloat16, given by the caller:
-
-       forward    up(n) up(k) + up(m) up(k)
-       backward   2 up(m) up(n) + up(m) up(k) + up(n) up(k)
+       forward    parts (up(n) up(k) + up(m) up(k))
+       backward   parts (2 up(m) up(n) + up(m) up(k) + up(n) up(k))
 
    A network's weights, gradients and moments do not fit the caches near a core, and what is read or written is new to them at
    each step. So w is read row after row, as the processor expects; what is converted stays with the thread that needs it; and
@@ -11,72 +9,88 @@
 
 #include "linear.h"
 
-/* Rows of x (m, k) as rows of A: out (up(m), up(k)). Row i. */
-static inline void as_row(const float *x, long m, long k, long i, bf16 *out) {
+/* Row i of x (m, k) as a row of A: out (up(m), up(k)), `part` numbers from one part to the next. */
+static inline void as_row(const float *x, long m, long k, long i, bf16 *out, int parts, long part) {
     for (long j = 0; j < up(k); j += 32) {
-        __m512i both = _mm512_setzero_si512();
-        if (i < m)
-            both = narrow(_mm512_maskz_loadu_ps(first16(k - j), x + i * k + j),
-                          _mm512_maskz_loadu_ps(first16(k - j - 16), x + i * k + j + 16));
-        _mm512_storeu_si512(out + i * up(k) + j, both);
+        __m512 a = _mm512_setzero_ps(), b = a;
+        if (i < m) {
+            a = _mm512_maskz_loadu_ps(first16(k - j), x + i * k + j);
+            b = _mm512_maskz_loadu_ps(first16(k - j - 16), x + i * k + j + 16);
+        }
+        for (int p = 0; p < parts; p++) {
+            _mm512_storeu_si512(out + p * part + i * up(k) + j, narrow(a, b));
+            if (p + 1 < parts) a = rest(a), b = rest(b);
+        }
     }
 }
 
-/* Columns of x (m, n) as rows of A: out (up(n), up(m)). The 16 columns from 16 j. */
-static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out) {
+/* The 16 columns of x (m, n) from 16 j as rows of A: out (up(n), up(m)). */
+static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out, int parts, long part) {
     __mmask16 inside = first16(n - 16 * j);
-    for (long i = 0; i < up(m); i += 32) {
-        __m512i r[16];
-        for (long p = 0; p < 16; p++) {
-            const float *row = x + (i + 2 * p) * n + 16 * j;
-            r[p] = pairs(_mm512_maskz_loadu_ps(i + 2 * p < m ? inside : 0, row),
-                         _mm512_maskz_loadu_ps(i + 2 * p + 1 < m ? inside : 0, row + n));
+    for (long i = 0; i < up(m); i += 32)
+        for (int p = 0; p < parts; p++) {
+            __m512i r[16];
+            for (long h = 0; h < 16; h++) {
+                const float *row = x + (i + 2 * h) * n + 16 * j;
+                __m512 a = _mm512_maskz_loadu_ps(i + 2 * h < m ? inside : 0, row);
+                __m512 b = _mm512_maskz_loadu_ps(i + 2 * h + 1 < m ? inside : 0, row + n);
+                for (int q = 0; q < p; q++) a = rest(a), b = rest(b);
+                r[h] = pairs(a, b);
+            }
+            transpose(r);
+            for (long h = 0; h < 16; h++) _mm512_storeu_si512(out + p * part + (16 * j + h) * up(m) + i, r[h]);
         }
-        transpose(r);
-        for (long p = 0; p < 16; p++) _mm512_storeu_si512(out + (16 * j + p) * up(m) + i, r[p]);
-    }
 }
 
-/* Rows of x (m, k) as columns of B, K = up(k): the 16 rows from 16 p, which make panel p. */
-static inline void as_columns(const float *x, long m, long k, long p, bf16 *out) {
-    out += p * up(k) * HALF;
-    for (long j = 0; j < up(k); j += 32) {
-        __m512i r[16];
-        for (long i = 0; i < 16; i++) {
-            const float *row = x + (p * 16 + i) * k + j;
-            int inside = p * 16 + i < m;
-            r[i] = narrow(_mm512_maskz_loadu_ps(inside ? first16(k - j) : 0, row),
-                          _mm512_maskz_loadu_ps(inside ? first16(k - j - 16) : 0, row + 16));
+/* The 16 rows of x (m, k) from 16 j as columns of B, K = up(k): its panel j. */
+static inline void as_columns(const float *x, long m, long k, long j, bf16 *out, int parts, long part) {
+    out += j * up(k) * HALF;
+    for (long l = 0; l < up(k); l += 32)
+        for (int p = 0; p < parts; p++) {
+            __m512i r[16];
+            for (long h = 0; h < 16; h++) {
+                const float *row = x + (j * 16 + h) * k + l;
+                int inside = j * 16 + h < m;
+                __m512 a = _mm512_maskz_loadu_ps(inside ? first16(k - l) : 0, row);
+                __m512 b = _mm512_maskz_loadu_ps(inside ? first16(k - l - 16) : 0, row + 16);
+                for (int q = 0; q < p; q++) a = rest(a), b = rest(b);
+                r[h] = narrow(a, b);
+            }
+            transpose(r);
+            for (int h = 0; h < 16; h++) _mm512_storeu_si512(out + p * part + l * HALF + h * 32, r[h]);
         }
-        transpose(r);
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + j * HALF + i * 32, r[i]);
-    }
 }
 
 /* x (depth, n) as B itself, K = up(depth): the panels from `begin` to `end`, row after row. */
-static inline void as_panels(const float *x, long depth, long n, long begin, long end, bf16 *out) {
+static inline void as_panels(const float *x, long depth, long n, long begin, long end, bf16 *out, int parts, long part) {
     long k = up(depth);
     for (long i = 0; i < k; i += 2)
-        for (long p = begin; p < end; p++) {
-            __mmask16 inside = first16(n - p * HALF);
-            const float *row = x + i * n + p * HALF;
+        for (long j = begin; j < end; j++) {
+            __mmask16 inside = first16(n - j * HALF);
+            const float *row = x + i * n + j * HALF;
             __m512 a = _mm512_maskz_loadu_ps(i < depth ? inside : 0, row);
             __m512 b = _mm512_maskz_loadu_ps(i + 1 < depth ? inside : 0, row + n);
-            _mm512_storeu_si512(out + p * k * HALF + i * HALF, pairs(a, b));
+            for (int p = 0; p < parts; p++) {
+                _mm512_storeu_si512(out + p * part + j * k * HALF + i * HALF, pairs(a, b));
+                if (p + 1 < parts) a = rest(a), b = rest(b);
+            }
         }
 }
 
-/* c (m, n) = or += the block of sums that begins at row i, column j. */
-static inline void put(const float *sums, int add, long m, long n, long i, long j, float *c) {
+/* c (m, n) = or += the block of sums that begins at row i, column j; gives the sum of the squares of what c holds then. */
+static inline double put(const float *sums, int add, long m, long n, long i, long j, float *c) {
+    __m512 squares = _mm512_setzero_ps();
     for (int h = 0; h < 2; h++) {
         __mmask16 inside = first16(n - j - h * HALF);
         float *to = c + i * n + j + h * HALF;
         for (long r = 0; r < least(SIDE, m - i); r++, to += n) {
-            __m512 sum = _mm512_load_ps(sums + r * SIDE + h * HALF);
+            __m512 sum = _mm512_maskz_loadu_ps(inside, sums + r * SIDE + h * HALF);
             if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to));
+            squares = _mm512_fmadd_ps(sum, sum, squares);
             _mm512_mask_storeu_ps(to, inside, sum);
         }
     }
+    return _mm512_reduce_add_ps(squares);
 }
 
 /* c (m, n) = the block of sums (columns by rows) that begins at row i, column j of c, plus bias (n) or null. */
@@ -102,65 +116,72 @@ static inline void expect(const float *c, long m, long n, long i, long j) {
     }
 }
 
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch) {
-    bf16 *rows = scratch, *columns = scratch + up(n) * up(k);
-    long depth = up(k), blocks = up(n) / SIDE;
+/* Both with the number of parts known, so that the compiler makes one form of each. */
+static inline __attribute__((always_inline)) void forward_of(const float *x, const float *w, const float *b, float *y, long m,
+                                                              long n, long k, const int parts, bf16 *scratch) {
+    long depth = up(k), blocks = up(n) / SIDE, part = up(n) * depth, other = up(m) * depth;
+    bf16 *rows = scratch, *columns = scratch + parts * part;
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     begin_tiles();
 #pragma omp for schedule(static)
-    for (long p = 0; p < up(m) / HALF; p++) as_columns(x, m, k, p, columns);
+    for (long j = 0; j < up(m) / HALF; j++) as_columns(x, m, k, j, columns, parts, other);
 #pragma omp for schedule(static)
     for (long t = 0; t < blocks; t++) {
-        for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows);
+        for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows, parts, part);
         for (long i = 0; i < m; i += SIDE) {
-            block(rows + t * SIDE * depth, depth, columns + i * depth, columns + (i + HALF) * depth, depth, sums);
+            block((Rows){rows + t * SIDE * depth, depth, part}, (Panels){columns + i * depth, other}, depth, parts, sums);
             put_transposed(sums, b, m, n, i, t * SIDE, y);
         }
     }
     end_tiles();
 }
 
-void linear_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
-                            long k, bf16 *scratch, int threads) {
-    bf16 *down = scratch, *inputs = down + up(n) * up(m), *across = inputs + up(m) * up(k), *weights = across + up(m) * up(n);
-    long panels = up(k) / HALF, columns = up(k) / SIDE, strip = (panels + threads - 1) / threads;
+static inline __attribute__((always_inline)) void backward_of(const float *x, const float *w, const float *dy, float *dw,
+                                                               float *db, float *dx, long m, long n, long k, const int parts,
+                                                               int add, double *squares, bf16 *scratch, int threads) {
+    long mn = up(m) * up(n), mk = up(m) * up(k), nk = up(n) * up(k);
+    bf16 *down = scratch, *inputs = down + parts * mn, *across = inputs + parts * mk, *weights = across + parts * mn;
+    long panels = up(k) / HALF, strip = (panels + threads - 1) / threads;
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     begin_tiles();
     if (dw) {
 #pragma omp for schedule(static)
         for (long s = 0; s < threads; s++)
-            as_panels(x, m, k, least(panels, s * strip), least(panels, (s + 1) * strip), inputs);
+            as_panels(x, m, k, least(panels, s * strip), least(panels, (s + 1) * strip), inputs, parts, mk);
 #pragma omp for schedule(static) nowait
         for (long t = 0; t < up(n) / SIDE; t++) {
-            as_16_rows(dy, m, n, 2 * t, down);
-            as_16_rows(dy, m, n, 2 * t + 1, down);
+            double total = 0;
+            as_16_rows(dy, m, n, 2 * t, down, parts, mn);
+            as_16_rows(dy, m, n, 2 * t + 1, down, parts, mn);
             expect(dw, n, k, t * SIDE, 0);
-            for (long j = 0; j < columns * SIDE; j += SIDE) {
+            for (long j = 0; j < up(k); j += SIDE) {
                 if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
-                block(down + t * SIDE * up(m), up(m), inputs + j * up(m), inputs + (j + HALF) * up(m), up(m), sums);
-                put(sums, 1, n, k, t * SIDE, j, dw);
+                block((Rows){down + t * SIDE * up(m), up(m), mn}, (Panels){inputs + j * up(m), mk}, up(m), parts, sums);
+                total += put(sums, add, n, k, t * SIDE, j, dw);
             }
+            if (squares) squares[t] = total;
         }
     }
     if (db) {
 #pragma omp for schedule(static) nowait
-        for (long j = 0; j < n; j += 16) {
+        for (long j = 0; j < up(n); j += HALF) {
             __mmask16 inside = first16(n - j);
-            __m512 sum = _mm512_setzero_ps();
+            __m512 sum = add ? _mm512_maskz_loadu_ps(inside, db + j) : _mm512_setzero_ps();
             for (long i = 0; i < m; i++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, dy + i * n + j));
-            _mm512_mask_storeu_ps(db + j, inside, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, db + j)));
+            _mm512_mask_storeu_ps(db + j, inside, sum);
+            if (squares) squares[up(n) / SIDE + j / HALF] = _mm512_reduce_add_ps(_mm512_mul_ps(sum, sum));
         }
     }
     if (dx) {
 #pragma omp for schedule(static) nowait
-        for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, across);
+        for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, across, parts, mn);
 #pragma omp for schedule(static)
         for (long s = 0; s < threads; s++)
-            as_panels(w, n, k, least(panels, s * strip), least(panels, (s + 1) * strip), weights);
+            as_panels(w, n, k, least(panels, s * strip), least(panels, (s + 1) * strip), weights, parts, nk);
 #pragma omp for schedule(static) nowait
-        for (long j = 0; j < columns * SIDE; j += SIDE)
+        for (long j = 0; j < up(k); j += SIDE)
             for (long i = 0; i < m; i += SIDE) {
-                block(across + i * up(n), up(n), weights + j * up(n), weights + (j + HALF) * up(n), up(n), sums);
+                block((Rows){across + i * up(n), up(n), mn}, (Panels){weights + j * up(n), nk}, up(n), parts, sums);
                 put(sums, 0, m, k, i, j, dx);
             }
     }
@@ -168,22 +189,38 @@ void linear_backward_shared(const float *x, const float *w, const float *dy, flo
     end_tiles();
 }
 
-void linear_forward(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch,
+void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, int parts,
+                           bf16 *scratch) {
+    if (parts == FULL)
+        forward_of(x, w, b, y, m, n, k, FULL, scratch);
+    else
+        forward_of(x, w, b, y, m, n, k, COARSE, scratch);
+}
+
+void linear_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
+                            long k, int parts, int add, double *squares, bf16 *scratch, int threads) {
+    if (parts == FULL)
+        backward_of(x, w, dy, dw, db, dx, m, n, k, FULL, add, squares, scratch, threads);
+    else
+        backward_of(x, w, dy, dw, db, dx, m, n, k, COARSE, add, squares, scratch, threads);
+}
+
+void linear_forward(const float *x, const float *w, const float *b, float *y, long m, long n, long k, int parts, bf16 *scratch,
                     int threads) {
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
-        linear_forward_shared(x, w, b, y, m, n, k, scratch);
+        linear_forward_shared(x, w, b, y, m, n, k, parts, scratch);
         end_flushing(control);
     }
 }
 
-void linear_backward(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
-                     long k, bf16 *scratch, int threads) {
+void linear_backward(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n, long k,
+                     int parts, bf16 *scratch, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
-        linear_backward_shared(x, w, dy, dw, db, dx, m, n, k, scratch, threads);
+        linear_backward_shared(x, w, dy, dw, db, dx, m, n, k, parts, 1, 0, scratch, threads);
         end_flushing(control);
     }
 }

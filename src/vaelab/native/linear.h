@@ -1,8 +1,6 @@
-/* The products of a linear layer, in bfloat16 (`linear.c`) and in float32 (`exact.c`).
+/* The products of a linear layer. x (m, k), w (n, k), b (n), y and its gradient dy (m, n), all float32 by rows.
 
-   x (m, k), w (n, k), b (n), y and its gradient dy (m, n), all by rows. Forward: y = x w' + b. Backward: dw += dy' x,
-   db += the sums of dy over rows, dx = dy w; each of the three may be null.
-
+   With one part, products of bfloat16 numbers with float32 sums; with three (EXACT), what float32 gives (`tiles.h`).
    All threads of a parallel region call these together, and none goes on before all are done. */
 
 #ifndef LINEAR_H
@@ -10,11 +8,16 @@
 
 #include "tiles.h"
 
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch);
+#define COARSE 1
+#define FULL 3
+
+/* y = x w' + b, b or null */
+void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, int parts,
+                           bf16 *scratch);
+
+/* dw = dy' x and db = the sums of dy over rows, or += where `add`; dx = dy w. Each of the three may be null. `squares`, or
+   null, is given the sums of squares of dw and db, in up(n) / 32 and up(n) / 16 parts. */
 void linear_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
-                            long k, bf16 *scratch, int threads);
-void exact_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, float *scratch);
-void exact_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
-                           long k);
+                            long k, int parts, int add, double *squares, bf16 *scratch, int threads);
 
 #endif

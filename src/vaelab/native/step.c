@@ -11,22 +11,24 @@
 enum { LINEAR, EXACT, ADD, SUBTRACT, RELU, SILU, WAVES };
 
 /* (rows, inputs) to value (rows, outputs).
-   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null; dw and db are added to, or null
+   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null; dw and db are set, or null, and the sums of their squares
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants */
 typedef struct {
     long kind, inputs, outputs;
     const float *w, *b;
     float *dw, *db, *value;
+    double *squares;
 } Operation;
 
 /* What a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate and distortion;
-   two rooms for the gradient of the widest operation; scratch for `linear.h`. */
+   two rooms for the gradient of the widest operation; sums of squares of the gradients, `blocks` of them; scratch. */
 typedef struct {
     Operation *encoder, *decoder;
     long encoders, decoders, dim;
     float *code, *code_gradient, *log_px, *rate, *gradient, *other;
-    double *sums;
+    double *sums, *squares;
+    long blocks;
     void *scratch;
 } Plan;
 
@@ -106,10 +108,8 @@ static void waves_backward(const Operation *o, const float *x, const float *dy, 
 
 static const float *forward(const Operation *o, long count, const float *x, long m, void *scratch) {
     for (; count--; x = o++->value) {
-        if (o->kind == LINEAR)
-            linear_forward_shared(x, o->w, o->b, o->value, m, o->outputs, o->inputs, scratch);
-        else if (o->kind == EXACT)
-            exact_forward_shared(x, o->w, o->b, o->value, m, o->outputs, o->inputs, scratch);
+        if (o->kind == LINEAR || o->kind == EXACT)
+            linear_forward_shared(x, o->w, o->b, o->value, m, o->outputs, o->inputs, o->kind == EXACT ? FULL : COARSE, scratch);
         else if (o->kind == WAVES)
             waves(o, x, m);
         else
@@ -124,10 +124,9 @@ static float *backward(const Operation *first, long count, const float *x, long 
     for (const Operation *o = first + count - 1; o >= first; o--) {
         const float *input = o == first ? x : o[-1].value;
         float *to = o > first || needed ? dx : 0;
-        if (o->kind == LINEAR)
-            linear_backward_shared(input, o->w, dy, o->dw, o->db, to, m, o->outputs, o->inputs, p->scratch, threads);
-        else if (o->kind == EXACT)
-            exact_backward_shared(input, o->w, dy, o->dw, o->db, to, m, o->outputs, o->inputs);
+        if (o->kind == LINEAR || o->kind == EXACT)
+            linear_backward_shared(input, o->w, dy, o->dw, o->db, to, m, o->outputs, o->inputs, o->kind == EXACT ? FULL : COARSE,
+                                   0, o->squares, p->scratch, threads);
         else if (o->kind == WAVES)
             waves_backward(o, input, dy, dx, m);
         else {
@@ -189,7 +188,7 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
         }
 }
 
-/* x (images, pixels), noise (k, images, dim): adds to the gradients, and fills what the plan names. */
+/* x (images, pixels), noise (k, images, dim): sets the gradients, and fills what the plan names. */
 void elbo_step(const Plan *p, const float *x, const float *noise, long images, long pixels, long k, float beta, int threads) {
 #pragma omp parallel num_threads(threads)
     {
@@ -205,9 +204,10 @@ void elbo_step(const Plan *p, const float *x, const float *noise, long images, l
         backward(p->encoder, p->encoders, x, images, p, 0, threads);
 #pragma omp single
         {
-            p->sums[0] = p->sums[1] = 0;
+            p->sums[0] = p->sums[1] = p->sums[2] = 0;
             for (long i = 0; i < images; i++) p->sums[0] += p->rate[i];
             for (long i = 0; i < k * images; i++) p->sums[1] -= p->log_px[i] / (double)k;
+            for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];
         }
         end_flushing(control);
     }

@@ -7,6 +7,7 @@ the chain is written down once (`fused`), and each pass runs it. Any other compo
 """
 
 import ctypes
+import math
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,7 @@ from vaelab.likelihoods import Bernoulli, GreyCrossEntropy
 from vaelab.meter import Pass
 from vaelab.models.vae import VAE
 from vaelab.native.build import library
+from vaelab.native.layers import COARSE, FULL
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
 from vaelab.objectives import ELBO, Objective
@@ -34,7 +36,7 @@ class _Unknown(Exception):
 class _Operation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_long) for name in ("kind", "inputs", "outputs")),
-        *((name, ctypes.c_void_p) for name in ("w", "b", "dw", "db", "value")),
+        *((name, ctypes.c_void_p) for name in ("w", "b", "dw", "db", "value", "squares")),
     )
 
 
@@ -43,7 +45,8 @@ class _Plan(ctypes.Structure):
         ("encoder", ctypes.POINTER(_Operation)), ("decoder", ctypes.POINTER(_Operation)),
         *((name, ctypes.c_long) for name in ("encoders", "decoders", "dim")),
         *((name, ctypes.c_void_p) for name in
-          ("code", "code_gradient", "log_px", "rate", "gradient", "other", "sums", "scratch")),
+          ("code", "code_gradient", "log_px", "rate", "gradient", "other", "sums", "squares")),
+        ("blocks", ctypes.c_long), ("scratch", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -68,13 +71,17 @@ def fused(model: VAE, objective: Objective, batch: int, k: int) -> "Fused | None
     try:
         encoder = [*_chain(model.encoder), *_chain(model.posterior.head)]
         decoder = _chain(model.likelihood.decoder, model.latent_dim)
+        # the pass sets gradients, it does not add to them: each must have its layer, and one only
+        own = [o.dw for o in (*encoder, *decoder) if o.dw] + [o.db for o in (*encoder, *decoder) if o.db]
+        if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
+            return None
         return Fused(encoder, decoder, model.latent_dim, objective, batch, k)
     except _Unknown:
         return None
 
 
 class Fused:
-    """Computes the mean over images of distortion + beta rate, adds its gradient to the parameters' .grad, and returns sums.
+    """Computes the mean over images of distortion + beta rate, sets the parameters' .grad to its gradient, and returns sums.
 
     Args:
         encoder: images to the posterior's parameters.
@@ -101,12 +108,17 @@ class Fused:
                 operation.value = self._room(rows * operation.outputs)
         rows, widest = k * batch, max(max(o.inputs, o.outputs) for o in (*encoder, *decoder))
         scratch = max(_scratch(o, n) for chain, n in ((encoder, batch), (decoder, rows)) for o in chain)
-        self.sums = torch.empty(2, dtype=torch.float64)
+        blocks = 0
+        self.squares = torch.zeros(sum(_blocks(o) for o in (*encoder, *decoder)), dtype=torch.float64)
+        for operation in (*encoder, *decoder):
+            operation.squares = self.squares[blocks:].data_ptr()
+            blocks += _blocks(operation)
+        self.sums = torch.empty(3, dtype=torch.float64)
         self.chains = [(_Operation * len(chain))(*chain) for chain in (encoder, decoder)]
         self.plan = _Plan(
             *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim), self._room(rows * dim),
             self._room(rows), self._room(batch), self._room(rows * widest), self._room(rows * widest),
-            self.sums.data_ptr(), self._room(scratch),
+            self.sums.data_ptr(), self.squares.data_ptr(), blocks, self._room(scratch),
         )  # fmt: skip
 
     def __call__(self, x: Tensor, generator: torch.Generator, step: int) -> Pass:
@@ -120,8 +132,8 @@ class Fused:
             ctypes.byref(self.plan), x.data_ptr(), noise.data_ptr(), images, self.pixels, self.k, beta,
             torch.get_num_threads(),
         )  # fmt: skip
-        rate, distortion = self.sums.tolist()
-        return Pass((distortion + beta * rate) / images, rate, distortion, images)
+        rate, distortion, squares = self.sums.tolist()
+        return Pass((distortion + beta * rate) / images, rate, distortion, images, math.sqrt(squares))
 
     def _room(self, numbers: int) -> int:
         """The address of so many float32 numbers, aligned to lines and with some to spare, held as long as this."""
@@ -130,9 +142,15 @@ class Fused:
 
 
 def _scratch(operation: _Operation, rows: int) -> int:
-    """float32 numbers that an operation on so many rows needs for itself, see `linear.c` and `exact.c`."""
+    """float32 numbers that an operation on so many rows needs for itself, see `linear.c`."""
     m, n, k = (-(-size // 32) * 32 for size in (rows, operation.outputs, operation.inputs))
-    return n * k + m * n + (m * k + 1) // 2
+    parts = FULL if operation.kind == EXACT else COARSE
+    return parts * (2 * m * n + m * k + n * k) // 2
+
+
+def _blocks(operation: _Operation) -> int:
+    """Sums of squares of an operation's gradients, see `linear.h`."""
+    return -(-operation.outputs // 32) * 3 if operation.kind in (LINEAR, EXACT) else 0
 
 
 def _chain(module: nn.Module, width: int = 0) -> list[_Operation]:

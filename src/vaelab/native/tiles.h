@@ -5,6 +5,10 @@
    A lies by rows, K after K. B lies in panels of 16 columns: K/2 rows of 16 pairs (b[k][n], b[k+1][n]), which is the order
    in which the processor's dot products of pairs read it. Whatever is shorter than its multiple of 32 is filled with zeros.
 
+   A float32 number is the sum of three bfloat16 numbers, a = a0 + a1 + a2, each 2^-8 of the one before. With three parts of
+   both sides, the six products a_p b_q with p + q < 3 give what float32 products would (Henry, Tang & Heinecke 2019,
+   arXiv 1904.06376); with one part it is a product of bfloat16 numbers.
+
    Two forms of the same sums: with the tile registers (AMX: 8 tiles of 16 rows of 64 bytes, 16 x 16 x 32 products an
    instruction; Intel's architecture instruction set extensions, chapter 3), and with AVX-512's dot product of pairs. */
 
@@ -46,6 +50,12 @@ static inline __m512i pairs(__m512 a, __m512 b) {
 /* 32 numbers in a row, as bfloat16 */
 static inline __m512i narrow(__m512 a, __m512 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
 
+/* What is left of x when its bfloat16 part is taken away, exactly. */
+static inline __m512 rest(__m512 x) {
+    __m512i part = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
+    return _mm512_sub_ps(x, (__m512)part);
+}
+
 /* a 16 x 16 square of 32-bit lanes, rows for columns */
 static inline void transpose(__m512i r[16]) {
     __m512i t[16];
@@ -73,6 +83,16 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
+/* 32 rows of A, `row` numbers apart; a panel of B and the one after it. Each further part is `part` numbers on. */
+typedef struct {
+    const bf16 *first;
+    long row, part;
+} Rows;
+typedef struct {
+    const bf16 *first;
+    long part;
+} Panels;
+
 #ifdef __AMX_BF16__
 
 /* Each thread says in which shape it uses its tiles: all have 16 rows of 64 bytes. In static memory, since gcc does not
@@ -90,22 +110,26 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Nor does gcc know what the loads and stores of tiles read and write. */
 #define SETTLE __asm__ volatile("" ::: "memory")
 
-static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SIDE]) {
     SETTLE;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long i = 0; i < k; i += 32) {
-        _tile_loadd(4, a + i, row * 2);
-        _tile_loadd(5, a + 16 * row + i, row * 2);
-        _tile_loadd(6, left + i * HALF, 64);
-        _tile_loadd(7, right + i * HALF, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
+    for (int size = parts - 1; size >= 0; size--) /* the smallest products first */
+        for (int p = 0; p <= size; p++) {
+            const bf16 *rows = a.first + p * a.part, *left = b.first + (size - p) * b.part, *right = left + k * HALF;
+            for (long i = 0; i < k; i += 32) {
+                _tile_loadd(4, rows + i, a.row * 2);
+                _tile_loadd(5, rows + 16 * a.row + i, a.row * 2);
+                _tile_loadd(6, left + i * HALF, 64);
+                _tile_loadd(7, right + i * HALF, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
     _tile_stored(0, c, SIDE * 4);
     _tile_stored(1, c + 16, SIDE * 4);
     _tile_stored(2, c + 16 * SIDE, SIDE * 4);
@@ -118,20 +142,26 @@ static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *
 static inline void begin_tiles(void) {}
 static inline void end_tiles(void) {}
 
-static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SIDE]) {
     for (int m = 0; m < SIDE; m += 8) {
         __m512 sum[8][2];
         for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-        for (long i = 0; i < k; i += 2) {
-            __m512bh l = (__m512bh)_mm512_loadu_si512(left + i * HALF), h = (__m512bh)_mm512_loadu_si512(right + i * HALF);
-            for (int r = 0; r < 8; r++) {
-                int both;
-                memcpy(&both, a + (m + r) * row + i, 4);
-                __m512bh one = (__m512bh)_mm512_set1_epi32(both);
-                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], one, l);
-                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], one, h);
+        for (int size = parts - 1; size >= 0; size--)
+            for (int p = 0; p <= size; p++) {
+                const bf16 *rows = a.first + p * a.part + m * a.row, *left = b.first + (size - p) * b.part;
+                const bf16 *right = left + k * HALF;
+                for (long i = 0; i < k; i += 2) {
+                    __m512bh l = (__m512bh)_mm512_loadu_si512(left + i * HALF);
+                    __m512bh h = (__m512bh)_mm512_loadu_si512(right + i * HALF);
+                    for (int r = 0; r < 8; r++) {
+                        int both;
+                        memcpy(&both, rows + r * a.row + i, 4);
+                        __m512bh one = (__m512bh)_mm512_set1_epi32(both);
+                        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], one, l);
+                        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], one, h);
+                    }
+                }
             }
-        }
         for (int r = 0; r < 8; r++)
             for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (m + r) * SIDE + h * HALF, sum[r][h]);
     }

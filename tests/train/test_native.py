@@ -1,0 +1,366 @@
+"""vaelab's own kernels against float64: products, pixels, Adam, images, and a whole pass against autograd."""
+
+import copy
+import ctypes
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vaelab import pixels
+from vaelab.data.protocol import protocol
+from vaelab.likelihoods import GreyCrossEntropy
+from vaelab.models.vae import VAE
+from vaelab.native import build, layers, library, reason
+from vaelab.native.layers import COARSE, FULL, accelerated
+from vaelab.native.step import fused
+from vaelab.nn.mlp import MLP
+from vaelab.objectives import ELBO, FreeBits
+from vaelab.optim import Adam, Optimiser
+from vaelab.posteriors import Gaussian, Laplace
+from vaelab.priors import StandardNormal
+from vaelab.recipes import recipe
+from vaelab.registry import build as built
+from vaelab.rng import stream
+from vaelab.schedules import Linear
+from vaelab.training import fit, initial_model
+
+pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {reason()}")
+SIZES = [(1, 1, 1), (128, 784, 400), (33, 37, 129), (96, 2, 31), (5, 64, 32), (31, 33, 1)]
+"""Rows, inputs, outputs."""
+
+
+@pytest.fixture(params=[True, False], ids=["tiles", "avx512"])
+def kernels(request, monkeypatch):
+    """Both forms of the kernels, in turn everywhere in the library."""
+    if request.param and "amx_bf16" not in build.abilities():
+        pytest.skip("this processor has no tile registers")
+    chosen = build.load(request.param)
+    for module in ("native.layers", "native.step", "pixels", "optim"):
+        monkeypatch.setattr(f"vaelab.{module}.library", lambda: chosen)
+    return chosen
+
+
+def rounded(t):
+    return t.bfloat16().double()
+
+
+def products(kernels, m, k, n, parts, threads=1):
+    """x, w, b, dy, and what the kernels make of them: y, dw (from ones), db (from ones), dx."""
+    noise = stream(m, "products", n)
+    x, w, b, dy = (torch.randn(*shape, generator=noise) for shape in ((m, k), (n, k), (n,), (m, n)))
+    y, dw, db, dx = torch.empty(m, n), torch.ones(n, k), torch.ones(n), torch.empty(m, k)
+    up = [-(-size // 32) * 32 for size in (m, n, k)]
+    scratch = torch.full((3 * (2 * up[0] * up[1] + up[0] * up[2] + up[1] * up[2]),), math.nan, dtype=torch.bfloat16)
+    at = [t.data_ptr() for t in (x, w, b, dy, y, dw, db, dx, scratch)]
+    kernels.linear_forward(at[0], at[1], at[2], at[4], m, n, k, parts, at[8], threads)
+    scratch.fill_(math.nan)
+    kernels.linear_backward(at[0], at[1], at[3], *at[5:8], m, n, k, parts, at[8], threads)
+    return (x, w, b, dy), (y, dw, db, dx)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_products_are_those_of_rounded_numbers(kernels, size):
+    (x, w, b, dy), (y, dw, db, dx) = products(kernels, *size, COARSE)
+    scale = 1e-6 * max(size)
+    assert (y - (rounded(x) @ rounded(w).T + b)).abs().max() < scale
+    assert (dw - 1 - rounded(dy).T @ rounded(x)).abs().max() < scale
+    assert (db - 1 - dy.double().sum(0)).abs().max() < scale
+    assert (dx - rounded(dy) @ rounded(w)).abs().max() < scale
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_products_of_three_parts_are_as_good_as_float32(kernels, size):
+    """Within twice the error that torch's float32 products have here."""
+    (x, w, b, dy), (y, dw, _, dx) = products(kernels, *size, FULL)
+    for ours, one, other, extra in ((y, x, w.T, b), (dw - 1, dy.T, x, 0), (dx, dy, w, 0)):
+        exact = one.double() @ other.double() + extra
+        theirs = (one @ other + extra - exact).abs().max().item()
+        assert (ours - exact).abs().max().item() < 2 * theirs + 3e-7 * exact.abs().max().item()
+
+
+def test_products_do_not_depend_on_the_number_of_threads(kernels):
+    for parts in (COARSE, FULL):
+        _, one = products(kernels, 130, 100, 77, parts)
+        for threads in (2, 3):
+            _, other = products(kernels, 130, 100, 77, parts, threads)
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(40, 33), nn.ReLU(), nn.Linear(33, 7, bias=False))
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (2, 3, 40), (40,)])
+def test_a_layer_is_torchs_with_rounded_operands(kernels, shape):
+    model, x = network(), torch.randn(*shape, generator=stream(0, "x")).requires_grad_()
+    reference = copy.deepcopy(model).double()
+    with accelerated(model):
+        y = model(x)
+        y.square().sum().backward()
+    assert all("forward" not in vars(m) for m in model.modules())
+    exact = x.detach().double().requires_grad_()
+    reference(exact).square().sum().backward()
+    assert y.dtype == torch.float32 and y.shape == (*shape[:-1], 7)
+    for ours, theirs in (
+        (x.grad, exact.grad),
+        *((p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True)),
+    ):
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+        assert (ours - theirs).norm() > 0
+
+
+def test_gradients_are_added_where_there_are_some(kernels):
+    model, x = network(), torch.randn(5, 40, generator=stream(0, "x"))
+    with accelerated(model):
+        model(x).sum().backward()
+        once = [p.grad.clone() for p in model.parameters()]
+        held = [p.grad for p in model.parameters()]
+        model(x).sum().backward()
+    assert all(p.grad is grad and torch.allclose(grad, 2 * first) for p, grad, first in
+               zip(model.parameters(), held, once, strict=True))  # fmt: skip
+
+
+def test_a_gradient_of_a_gradient(kernels):
+    model, x = network(), torch.randn(5, 40, generator=stream(0, "x"), requires_grad=True)
+    with accelerated(model):
+        (slope,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+    reference, exact = copy.deepcopy(network()).double(), x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference(exact).tanh().sum(), exact, create_graph=True)
+    expected.square().sum().backward()
+    assert (x.grad - exact.grad).norm() < 5e-2 * exact.grad.norm()
+
+
+def test_only_plain_float32_layers_on_a_cpu_are_replaced(kernels):
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4).double(), Own(4, 4), nn.Linear(4, 4))
+    with accelerated(model):
+        assert [m for m in model.modules() if "forward" in vars(m)] == [model[2]] == layers.accelerated_layers(model)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4, 1e30])
+def test_pixels_are_exact_for_logits_of_any_size(kernels, scale):
+    logits = (scale * torch.randn(3, 4, 1, 5, 27, generator=stream(0, "l"))).requires_grad_()
+    x = torch.rand(4, 1, 5, 27, generator=stream(0, "x"))
+    log_px = pixels.Bernoulli(logits).log_prob(x)
+    log_px.square().sum().backward() if scale < 1e10 else log_px.sum().backward()
+    exact = logits.detach().double().requires_grad_()
+    expected = (x * exact - nn.functional.softplus(exact, threshold=50)).flatten(2).sum(-1)
+    expected.square().sum().backward() if scale < 1e10 else expected.sum().backward()
+    assert torch.allclose(log_px.double(), expected, rtol=1e-6, atol=1e-5)
+    assert torch.allclose(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6 * float(exact.grad.abs().max()))
+
+
+def test_pixels_that_are_not_finite_say_so(kernels):
+    for bad in (math.nan, math.inf):
+        logits = torch.zeros(1, 2, 1, 4, 4)
+        logits[0, 1, 0, 2, 2] = bad
+        log_px = pixels.Bernoulli(logits).log_prob(torch.zeros(2, 1, 4, 4))
+        assert log_px[0, 0].isfinite() and not log_px[0, 1].isfinite()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_adam_is_its_formula(kernels, nesterov):
+    noise = stream(0, "adam")
+    weights, gradient = torch.randn(1000, generator=noise), torch.empty(1000)
+    w, m, v = weights.double(), torch.zeros(1000).double(), torch.zeros(1000).double()
+    rate = torch.cat([torch.full((300,), 1e-2), torch.full((700,), 3e-2)]).double()
+    adam = Adam(weights, gradient, 0.95, [(300, 1.0), (700, 3.0)], nesterov)
+    for t in range(1, 9):
+        gradient.copy_(torch.randn(1000, generator=noise))
+        g = 0.5 * gradient.double()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        ahead = 0.9 * m / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9**t) if nesterov else m / (1 - 0.9**t)
+        w = w - rate * ahead / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        adam.step(1e-2, 0.5)
+        assert not gradient.any()
+        assert (weights - w).abs().max() < 1e-6
+    assert adam.counts().tolist() == [8, 8]
+
+
+def test_moments_that_have_decayed_are_zero(kernels):
+    weights, gradient = torch.zeros(100), torch.zeros(100)
+    adam = Adam(weights, gradient, 0.999, [(100, 1.0)], False)
+    adam.mean.fill_(1e-39)
+    adam.step(1e-3)
+    assert not adam.mean.any() and not weights.any()
+
+
+def test_the_norm_is_that_of_all_numbers_whatever_the_threads(kernels):
+    x = torch.randn(100_001, generator=stream(0, "x"))
+    sums = torch.empty(25, dtype=torch.float64)
+    one, two = (kernels.squares(x.data_ptr(), sums.data_ptr(), len(x), threads) for threads in (1, 2))
+    assert one == two == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grey", "dynamic"])
+def test_a_batch_of_images_is_what_the_protocol_makes_of_it(name):
+    data = torch.randint(0, 256, (300, 3, 5, 7), dtype=torch.uint8, generator=stream(0, "data"))
+    data[:256] = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    index = torch.randperm(300, generator=stream(0, "index"))[:257]
+    one, other = (protocol(name).training_batch(*given) for given in
+                  ((data, stream(0, "bits"), index), (data[index], stream(0, "bits"))))  # fmt: skip
+    assert torch.equal(one, other)
+
+
+RECIPES = {
+    "grey": ("mnist", {}),
+    "from the mean image": ("mnist-fast", {}),
+    "waves, three samples": ("mnist-2d", {"k": 3, "beta": 0.5}),
+    "odd widths": ("mnist-2d", {"hidden": (33, 65), "decoder": (17,)}),
+    "seventeen dimensions": ("vae", {"latent_dim": 17}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_whole_pass_is_autograds(kernels, digits, name):
+    """Value, rate, distortion and every gradient, with the same noise."""
+    chosen = recipe(
+        name if name in ("mnist", "mnist-fast", "mnist-2d", "vae") else "mnist-2d", digits.shape, **RECIPES[name]
+    )
+    objective, k = built(chosen.objective), chosen.training.k
+    x = protocol(chosen.protocol).training_batch(torch.from_numpy(digits.train.pixels[:77]), stream(0, "x"))
+    found = []
+    for whole in (True, False):
+        model = initial_model(chosen, digits).train()
+        with accelerated(model):
+            optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10, bfloat16=True)
+            if whole:
+                passes = fused(model, objective, 100, k)
+                passes(x[:50], stream(0, "other"), 3)  # what a pass leaves behind must not matter
+                passed = passes(x, stream(0, "noise"), 0)
+                values = passed.loss, passed.rate, passed.distortion
+                assert passed.gradient_norm == pytest.approx(optimiser.gradient.norm().item(), rel=1e-5)
+            else:
+                trace = model.trace(x, k=k, generator=stream(0, "noise"))
+                loss = objective(trace, 0).loss
+                loss.backward()
+                values = loss.item(), trace.rate.sum().item(), trace.distortion.sum().item()
+            found.append((values, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (values, gradients), (expected, others) = found
+    assert values == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - others[name]).norm() < 3e-3 * others[name].norm(), name
+
+
+def test_schedules_reach_a_whole_pass(kernels, digits):
+    model = initial_model(recipe("mnist-2d", digits.shape), digits)
+    Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    passes = fused(model, ELBO(beta=Linear(0, 1, 10)), 8, 1)
+    x = torch.zeros(8, *digits.shape)
+    first, last = (passes(x, stream(0, "noise"), step) for step in (0, 10))
+    assert first.loss == pytest.approx(first.distortion / 8) and last.loss == pytest.approx(
+        (last.rate + last.distortion) / 8
+    )
+
+
+def made(**parts):
+    dense = {
+        "encoder": MLP((1, 8, 8), [], [32], out_activation=True), "posterior": Gaussian(32, 2), "prior": StandardNormal(2),
+        "likelihood": GreyCrossEntropy(MLP([2], [32], (1, 8, 8))),
+    }  # fmt: skip
+    return VAE(**{**dense, **parts})
+
+
+def test_a_users_own_chain_is_a_whole_pass_too():
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.SiLU())
+    decoder = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 64), nn.Unflatten(-1, (1, 8, 8)))
+    model = made(encoder=encoder, likelihood=GreyCrossEntropy(decoder))
+    Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    assert fused(model, ELBO(), 8, 1) is not None
+
+
+def test_what_is_no_known_chain_goes_through_autograd():
+    shared = nn.Linear(64, 64)
+
+    class Own(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :32]
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = made()
+    hooked.encoder.register_forward_hook(lambda *a: None)
+    unused = made()
+    unused.extra = nn.Parameter(torch.zeros(3))
+    cases = {
+        "a module of one's own": made(encoder=Own()),
+        "a subclass": made(encoder=nn.Sequential(nn.Flatten(), Doubled(64, 32))),
+        "another activation": made(encoder=MLP((1, 8, 8), [], [32], "gelu", out_activation=True)),
+        "dropout": made(encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout())),
+        "weights used twice": made(encoder=nn.Sequential(nn.Flatten(), shared, shared, nn.Linear(64, 32))),
+        "weights that are not used": unused,
+        "another posterior": made(posterior=Laplace(32, 2)),
+        "a hook": hooked,
+    }
+    for name, model in cases.items():
+        Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+        assert fused(model, ELBO(), 8, 1) is None, name
+    model = made()
+    assert fused(model, ELBO(), 8, 1) is None  # no optimiser, no place for gradients
+    Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    assert fused(model, FreeBits(0.1), 8, 1) is None
+    assert fused(model, ELBO(), 8, 1) is not None
+
+
+def test_training_with_and_without_the_kernels_gives_the_same_curve(digits, small, monkeypatch):
+    """In bfloat16, on the digits: within a hundredth of a nat after two epochs."""
+    chosen = small(precision="bfloat16", lr=1e-3)
+    curves = []
+    for own in (True, False):
+        if not own:
+            for module in ("native.layers", "native.step", "pixels", "optim"):
+                monkeypatch.setattr(f"vaelab.{module}.library", lambda: None)
+        records = fit(
+            initial_model(chosen), built(chosen.objective), digits, protocol(chosen.protocol), chosen.training
+        )
+        curves.append([record[part]["distortion"] for record in records for part in ("train", "test")])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-2)
+    assert curves[0] != curves[1]
+
+
+def test_no_compiler_no_kernels_but_a_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    for found in (build._found, build.load):
+        monkeypatch.setattr(build, found.__name__, found.__wrapped__)
+    assert build.library() is None
+    assert build.reason() == "torch's kernels (there is no C compiler (cc, gcc, clang))"
+
+
+@pytest.mark.parametrize("compiler", ["false", "/nowhere/cc"])
+def test_a_compiler_that_fails_is_no_kernels(monkeypatch, tmp_path, compiler):
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    for found in (build._found, build.load):
+        monkeypatch.setattr(build, found.__name__, found.__wrapped__)
+    assert build.library() is None
+    assert "C compiler" in build.reason()
+
+
+def test_the_cache_is_used_and_a_damaged_file_in_it_is_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    load = build.load.__wrapped__
+    assert isinstance(load(False), ctypes.CDLL)
+    (kept,) = (tmp_path / "native").iterdir()
+    written = kept.stat().st_mtime_ns
+    load(False)
+    assert kept.stat().st_mtime_ns == written
+    kept.unlink()  # written over, it would change under who has it loaded
+    kept.write_bytes(b"no library")
+    assert isinstance(load(False), ctypes.CDLL)
+
+
+def test_asking_for_torchs(monkeypatch):
+    monkeypatch.setenv("VAELAB_KERNELS", "torch")
+    monkeypatch.setattr(build, "_found", build._found.__wrapped__)
+    assert build.library() is None and "VAELAB_KERNELS" in build.reason()
