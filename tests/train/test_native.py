@@ -221,9 +221,8 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_whole_pass_is_autograds(kernels, digits, name):
     """Value, rate, distortion and every gradient, with the same noise."""
-    chosen = recipe(
-        name if name in ("mnist", "mnist-fast", "mnist-2d", "vae") else "mnist-2d", digits.shape, **RECIPES[name]
-    )
+    recipe_name, fields = RECIPES[name]
+    chosen = recipe(recipe_name, digits.shape, **fields)
     objective, k = built(chosen.objective), chosen.training.k
     x = protocol(chosen.protocol).training_batch(torch.from_numpy(digits.train.pixels[:77]), stream(0, "x"))
     found = []
