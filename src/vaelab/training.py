@@ -22,6 +22,7 @@ from vaelab.data.protocol import protocol as protocol_named
 from vaelab.errors import Interrupted, NonFiniteError, NonFiniteStep, RunError, UsageError
 from vaelab.meter import Meter, Pass, Progress
 from vaelab.models.vae import VAE
+from vaelab.native.pace import Pace
 from vaelab.native.step import fused
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.objectives import Objective
@@ -89,6 +90,7 @@ def fit(
     precision = choose(training.precision, device)
     steps_per_epoch = math.ceil(len(pixels) / training.batch_size)
     steps = steps_per_epoch * training.epochs
+    threads = torch.get_num_threads()
     history: list[Record] = []
     seconds, step, skipped, meter = 0.0, 0, 0, Meter()
 
@@ -122,10 +124,12 @@ def fit(
             whole = fused(model, objective, training.batch_size, training.k) if own else None
             buffers = [] if whole else list(model.buffers())  # which a network may change in its forward pass
             noise = torch.Generator(device)
+            pace = Pace(chooses=whole is not None)
             kept = began = time.perf_counter()
             while len(history) < training.epochs:
                 epoch = len(history) + 1
                 order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
+                pace.begin()
                 for batch in order.split(training.batch_size)[step - (epoch - 1) * steps_per_epoch :]:
                     noise.manual_seed(stream_seed(seed, "noise", step))
                     x = protocol.training_batch(pixels, noise, batch)
@@ -143,6 +147,7 @@ def fit(
                             raise _not_finite(step, epoch, passed.loss)
                         skipped += 1
                     step += 1
+                    pace.step()
                     if meter.due():
                         on_progress(meter.progress(epoch, training, step, steps, now(), skipped))
                     if reason := stop():
@@ -152,6 +157,7 @@ def fit(
                         keep(snapshot())
                         kept = time.perf_counter()
                 seconds, began = now(), time.perf_counter()
+                pace.restore()
 
                 # the curve is followed in the training's precision, which is faster; its last point is in float32
                 followed = nullcontext() if epoch == training.epochs else precision.autocast(device)
@@ -166,6 +172,7 @@ def fit(
                     keep(snapshot())
                     kept = time.perf_counter()
         finally:  # whatever happened, the model is left with float32 weights of its own
+            torch.set_num_threads(threads)
             optimiser.finish()
             model.eval()
     return history
