@@ -111,6 +111,8 @@ class Adam:
         if scale != 1:
             self.gradient.mul_(scale)
         flat = (self.weights, self.gradient, self.mean, self.square)
+        # moments of pixels that are hardly ever lit decay to numbers below 1e-38, which take 30 times as long
+        torch.set_flush_denormal(True)
         parts = zip(*(t.split(self.sizes) for t in flat), self.count, self.multiples, strict=True)
         for weights, gradient, mean, square, count, multiple in parts:
             adam(
@@ -124,6 +126,7 @@ class Adam:
                 ahead = gradient.mul((1 - BETA1) / now).add_(mean, alpha=BETA1 / then - 1 / now)
                 root = math.sqrt(1 - self.beta2**t)
                 weights.addcdiv_(ahead, square.sqrt().add_(EPSILON * root), value=-lr * multiple * root)
+        torch.set_flush_denormal(False)
         self.gradient.zero_()
 
 

@@ -359,6 +359,19 @@ def test_the_cache_is_used_and_a_damaged_file_in_it_is_not(monkeypatch, tmp_path
     assert isinstance(load(False), ctypes.CDLL)
 
 
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_code_that_others_may_have_written_is_not_run(monkeypatch, tmp_path, what):
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    load, opened = build.load.__wrapped__, build._open
+    load(False)
+    (kept,) = (tmp_path / "native").iterdir()
+    (kept if what == "file" else kept.parent).chmod(0o777)
+    seen = []
+    monkeypatch.setattr(build, "_open", lambda path: seen.append(path) or opened(path))
+    assert isinstance(load(False), ctypes.CDLL)
+    assert len(seen) == 1 and kept not in seen
+
+
 def test_asking_for_torchs(monkeypatch):
     monkeypatch.setenv("VAELAB_KERNELS", "torch")
     monkeypatch.setattr(build, "_found", build._found.__wrapped__)

@@ -93,17 +93,26 @@ def load(tiles: bool) -> ctypes.CDLL:
     name = f"kernels-{digest.hexdigest()[:24]}.so"
     kept = cache_dir() / "native" / name
     try:
-        if not kept.is_file():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _compile(flags, here, kept)
-        return _open(kept)
-    except OSError:  # a cache that cannot be written, or holds a damaged file: for this process only
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                _compile(flags, here, Path(folder) / name)
-                return _open(Path(folder) / name)
-        except OSError as error:
-            raise _Unavailable(f"vaelab's own cannot be loaded ({error})") from None
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _own(kept.parent):
+            if not kept.is_file():
+                _compile(flags, here, kept)
+            if _own(kept):
+                return _open(kept)
+    except OSError:
+        pass  # a cache that cannot be written, or holds a damaged file
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # for this process only
+            _compile(flags, here, Path(folder) / name)
+            return _open(Path(folder) / name)
+    except OSError as error:
+        raise _Unavailable(f"vaelab's own cannot be loaded ({error})") from None
+
+
+def _own(path: Path) -> bool:
+    """Whether only this user can have written it: what is loaded runs, and a cache may be shared."""
+    found = path.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _compile(flags: Sequence[str], sources: Path, to: Path) -> None:
