@@ -236,9 +236,7 @@ def _principal(codes: np.ndarray) -> np.ndarray:
 
 def _manifold(model: VAE, codes: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """Decoder means (n, n, C, H, W) over prior quantiles: columns follow the first axis, rows the second."""
-    from scipy.stats import norm
-
-    a = norm.ppf(quantiles)
+    a = torch.special.ndtri(torch.from_numpy(quantiles)).numpy()
     second, first = np.meshgrid(a, a, indexing="ij")
     z = np.stack([first.ravel(), second.ravel()], 1) @ _principal(codes)
     images = decoded(model, torch.from_numpy(z).float()).numpy()
