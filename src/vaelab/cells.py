@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vaelab.evaluation import Evaluation
-    from vaelab.explore.graph import Graph
+    from vaelab.explore.export import Graphs
     from vaelab.meter import Progress
     from vaelab.report.build import Arm, Drawn
     from vaelab.run import Run
@@ -143,14 +143,14 @@ def draw(desk: Desk, folder: Path, arms: "Sequence[Arm]", evaluated: bool, *foun
         return build.draw(folder, cells, desk.data, evaluated=evaluated)
 
 
-def graphs(desk: Desk, *runs: "Run") -> "dict[Path, dict[str, Graph]]":
-    """The graphs of runs for a page to explore, by their folders; none where they cannot be made: the page says why."""
+def graphs(desk: Desk, *runs: "Run") -> "Graphs":
+    """The graphs of runs for a page to explore; none where they cannot be made, then `write_explorer` says why."""
     desk.go_on()
     with desk.stage("graphs for the page to explore") as update:
         try:
-            from vaelab.explore import bundle
+            from vaelab.explore import export
 
-            return bundle.graphs(runs, on_progress=lambda done, text: (desk.go_on(), update(done, text))[1])
+            return export.graphs(runs, lambda done, text: (desk.go_on(), update(done, text))[1])
         except VaelabError as error:
             if isinstance(error, Interrupted):
                 raise

@@ -23,9 +23,7 @@ from vaelab.recipes import Recipe, recipe
 if TYPE_CHECKING:
     from vaelab.data.datasets import Dataset
     from vaelab.data.store import Progress as Fetching
-    from vaelab.explore.graph import Graph
-
-    Graphs = dict[Path, dict[str, Graph]]
+    from vaelab.explore.export import Graphs
 
 PAGE = "explorer.html"
 """The page of `write_explorer`."""
@@ -248,7 +246,7 @@ def write_explorer(
                 exhibits,
                 data,
                 title=f"{chosen.title}, {data.name}",
-                ahead=ahead or {},
+                ahead=ahead,
                 on_progress=lambda done, text: update(0.9 * done, text),
             )
             pack.write_single(folder / PAGE, made, running)

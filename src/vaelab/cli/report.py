@@ -18,7 +18,7 @@ def report(
 ) -> None:
     """Evaluate one run, draw its figures, and write a self-contained page.
 
-    Example: `vaelab report runs/mnist-1`
+    Example: vaelab report runs/mnist-1
     """
     from vaelab.cli.common import data_of, open_run
     from vaelab.data.protocol import protocol

@@ -13,9 +13,9 @@ from vaelab.recipes import RECIPES, recipe
 from vaelab.studies import STUDIES, study
 
 if TYPE_CHECKING:
-    from vaelab.studies import Graphs
+    from vaelab.explore.export import Graphs
 
-app = App(name="study", help="Run a study and write its report.\n\nExample: `vaelab study removing-kl --seeds 3`")
+app = App(name="study", help="Run a study and write its report.\n\nExample: vaelab study removing-kl --seeds 3")
 
 
 def _body(name: str) -> Any:
@@ -46,10 +46,11 @@ def _body(name: str) -> Any:
 
         check_workers(workers)
         with hired(workers, len(study(name).arms) * max(1, seeds), device) as staff:  # they import torch meanwhile
-            from vaelab.cli.common import absolute, check_device, load_data
+            from vaelab.cli.common import absolute, check_device, load_data, prepare_torch
             from vaelab.report.page import text_table
             from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
 
+            prepare_torch()
             check_device(device)
             stages = console.Stages(output)
             data_name, seed = given.pop("data"), given.pop("seed")
@@ -81,7 +82,7 @@ for _name, _study in STUDIES.items():
     app.command(
         command_from(
             RECIPES[_study.recipe], _body(_name), without=("beta",), unset=("epochs",),
-            doc=f"{_study.summary[0].upper()}{_study.summary[1:]}.\n\nExample: `vaelab study {_name} --data digits`",
+            doc=f"{_study.summary[0].upper()}{_study.summary[1:]}.\n\nExample: vaelab study {_name} --data digits",
         ),
         name=_name,
     )  # fmt: skip

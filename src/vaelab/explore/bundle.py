@@ -20,9 +20,7 @@ The page tests itself at load against `golden`: what torch makes of eight codes 
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,6 @@ from vaelab.errors import RunError, UsageError
 from vaelab.evaluation import evenly
 from vaelab.evaluation.compare import load as load_evaluation
 from vaelab.explore import export
-from vaelab.explore.export import PARTS
 from vaelab.explore.graph import Graph, NoGraph, require
 from vaelab.models.vae import VAE
 from vaelab.priors import StandardNormal
@@ -93,7 +90,7 @@ def build(
     data: Dataset,
     *,
     title: str = "",
-    ahead: Mapping[Path, Mapping[str, Graph]] | None = None,
+    ahead: export.Graphs | None = None,
     on_progress: OnProgress = lambda done, text: None,
 ) -> Bundle:
     """The bundle of one run, or of two on the same images.
@@ -102,17 +99,19 @@ def build(
         exhibits: one or two trained runs.
         data: what they were trained on; its test images are shown.
         title: of the page.
-        ahead: what `graphs` made of these runs, by their folders; what is missing is made.
+        ahead: what `export.graphs` made of these runs; without it they are made here.
         on_progress: called with the fraction done and what is next.
 
     Raises:
         UsageError: the packages for ONNX are missing, the runs do not belong together, or codes are not finite.
         RunError: a run without a trained model.
     """
-    ahead = ahead or {}
-    if not all(set(PARTS) <= set(ahead.get(exhibit.run.path, ())) for exhibit in exhibits):
+    if not ahead:
         require()
     check(exhibits, data)
+    graphs = ahead or export.graphs(
+        [exhibit.run for exhibit in exhibits], lambda done, text: on_progress(0.8 * done, f"{text} to ONNX")
+    )
     protocol = protocol_named(exhibits[0].run.recipe().protocol)
     index = evenly(min(SHOWN, max(1, PIXELS // math.prod(data.shape))), len(data.test))
     pixels = _bytes(protocol, data, index)
@@ -126,9 +125,9 @@ def build(
     for i, (key, exhibit) in enumerate(zip("ab", exhibits, strict=False)):
 
         def tell(done: float, text: str, i: int = i, label: str = exhibit.label) -> None:
-            on_progress((i + done) / len(exhibits), f"{label}: {text}")
+            on_progress(0.8 + 0.2 * (i + done) / len(exhibits), f"{label}: {text}")
 
-        described, made = _exhibit(key, exhibit, protocol, x, labels, ahead.get(exhibit.run.path, {}), tell)
+        described, made = _exhibit(key, exhibit, protocol, x, labels, graphs[exhibit.run.path], tell)
         runs.append(described)
         pieces |= made
     manifest = {
@@ -147,27 +146,6 @@ def build(
         "runs": runs,
     }
     return Bundle(manifest, pieces)
-
-
-def graphs(runs: Sequence[Run], on_progress: OnProgress = lambda done, text: None) -> dict[Path, dict[str, Graph]]:
-    """The graphs of runs by their folders, without those that cannot be made: so that `build` need not wait for them.
-
-    Raises:
-        UsageError: the packages for ONNX are missing.
-        RunError: a run without a trained model.
-    """
-    require()
-    made: dict[Path, dict[str, Graph]] = {run.path: {} for run in runs}
-    for i, (part, run) in enumerate((part, run) for part in PARTS for run in runs):
-        on_progress(i / (len(PARTS) * len(runs)), f"{run.path.name}: {part}")
-        with suppress(NoGraph):
-            made[run.path][part] = _graph(part, run.model(), run)
-    return made
-
-
-def _graph(part: str, model: VAE, run: Run) -> Graph:
-    make = export.encoder if part == "encoder" else export.scorer
-    return make(model, export.about(run))
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -224,7 +202,7 @@ def _exhibit(
     protocol: Protocol,
     x: Tensor,
     labels: np.ndarray | None,
-    ahead: Mapping[str, Graph],
+    graphs: Mapping[str, Graph | NoGraph],
     tell: OnProgress,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """One run's part of the manifest, and its pieces."""
@@ -241,17 +219,16 @@ def _exhibit(
     if not np.isfinite(codes.mean).all():
         bad = int((~np.isfinite(codes.mean)).any(1).sum())
         raise UsageError(f"the codes of {bad} of {len(x)} test images of '{run.path}' are not finite: train it again")
-    missing = {}
+    missing: dict[str, str] = {}
     pieces = {f"{key}/mean.f32": codes.mean.astype("<f4").tobytes()}
     names = {"log_sigma": codes.log_sigma, "scale_tril": codes.scale_tril}
     pieces |= {f"{key}/{name}.f32": found.astype("<f4").tobytes() for name, found in names.items() if found is not None}
-    for done, part in zip((0.2, 0.6), PARTS, strict=True):
-        tell(done, f"{part} to ONNX")
-        try:
-            pieces[f"{key}/{part}.onnx"] = (ahead.get(part) or _graph(part, model, run)).content
-        except NoGraph as error:
-            missing[part] = error.reason
-    tell(0.95, "numbers")
+    for part, graph in graphs.items():
+        if isinstance(graph, NoGraph):
+            missing[part] = graph.reason
+        else:
+            pieces[f"{key}/{part}.onnx"] = graph.content
+    tell(0.5, "numbers")
     metrics, not_measured, how = _metrics(run, protocol)
     described = {
         "key": key,
