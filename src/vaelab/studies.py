@@ -8,19 +8,22 @@ interrupted study goes on where it was.
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaelab.cells import Stage, Stop, Task, check_workers, go_on, measured
+from vaelab import cells
+from vaelab.cells import Task
+from vaelab.crew import Job, Stage, Stop, Worker, check_workers, hired, perform
 from vaelab.errors import UsageError, unknown_name
 from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
     from vaelab.data.datasets import Dataset
     from vaelab.data.store import Progress as Fetching
+    from vaelab.explore.export import Graphs
 
 PAGE = "explorer.html"
 """The page of `write_explorer`."""
@@ -99,6 +102,8 @@ def run_study(
     overwrite: bool = False,
     device: str = "cpu",
     workers: int = 1,
+    staff: Sequence[Worker] | None = None,
+    ahead: "Graphs | None" = None,
     stage: Stage = lambda label: nullcontext(lambda done, text: None),
     stop: Stop = lambda: None,
 ) -> dict[str, Any]:
@@ -111,9 +116,11 @@ def run_study(
         recipes: from `recipes_of`.
         overwrite: remove what an earlier study left in the folder.
         device: where to train.
-        workers: processes that train and evaluate side by side, see `vaelab.cells`; 0 for as many as torch has threads.
-            They import the script that calls this, so that other than with 1 it must be called under
-            `if __name__ == "__main__":`.
+        workers: processes that work side by side, see `vaelab.crew`; 0 for as many as torch has threads. They import the
+            script that calls this, so that other than with 1 it must be called under `if __name__ == "__main__":`.
+        staff: workers that are hired already, in place of `workers`, see `vaelab.crew.hired`.
+        ahead: is filled with the graphs of the runs of the first seed, where several processes work: one of them would have
+            nothing to do while another trains the classifier. For `write_explorer`.
         stage: shows progress.
         stop: asked after each training step, see `vaelab.training.fit`.
 
@@ -130,8 +137,10 @@ def run_study(
     for seeds in recipes.values():
         check_recipe(seeds[0], data)
     _claim(folder, settings, overwrite)
-    with locked(folder):
-        return _measured(name, folder, data, recipes, device, workers, stage, stop)
+    with locked(folder), ExitStack() as stack:
+        if staff is None:
+            staff = stack.enter_context(hired(workers, sum(map(len, recipes.values())), device))
+        return _measured(name, folder, data, recipes, device, staff, ahead, stage, stop)
 
 
 def _measured(
@@ -140,47 +149,52 @@ def _measured(
     data: "Dataset",
     recipes: Mapping[str, list[Recipe]],
     device: str,
-    workers: int,
+    staff: Sequence[Worker],
+    ahead: "Graphs | None",
     stage: Stage,
     stop: Stop,
 ) -> dict[str, Any]:
     """Train and evaluate what is not there yet, and report."""
-    from vaelab.legibility import classifier_for
     from vaelab.report import build, observations
     from vaelab.report.build import Arm, Cell
-    from vaelab.run import Run
 
     chosen = study(name)
-    arms = {key: Arm(key, label, description) for key, (label, description, _) in chosen.arms.items()}
-    with stage("train the classifier that reads the samples") as update:
-        classifier, accuracy = classifier_for(data, on_progress=lambda done: (go_on(stop), update(done, ""))[1])
-        update(1.0, "no labels: skipped" if accuracy is None else f"test accuracy {accuracy:.2%}")
-    wanted = [(arm, r) for seeds in zip(*(recipes[key] for key in arms), strict=True)
-              for arm, r in zip(arms.values(), seeds, strict=True)]  # fmt: skip
+    arms = [Arm(key, label, description) for key, (label, description, _) in chosen.arms.items()]
+    wanted = [(arm, r) for seeds in zip(*(recipes[arm.key] for arm in arms), strict=True)
+              for arm, r in zip(arms, seeds, strict=True)]  # fmt: skip
     tasks = [Task(folder / "runs" / f"{arm.key}-seed{r.seed}", r, f"{arm.label}, seed {r.seed}") for arm, r in wanted]
-    found = measured(tasks, data, classifier, device=device, workers=workers, stage=stage, stop=stop)
-    with stage("figures and report") as update:
-        runs = [Run.open(task.path) for task in tasks]
-        cells = [
-            Cell(arm, run, run.model(device), evaluation)
-            for (arm, _), run, evaluation in zip(wanted, runs, found, strict=True)
+    jobs = cells.plan(tasks)
+    shown = tuple(range(len(arms)))  # the trainings of the first seed, and their evaluations
+    evaluated = tuple(range(len(tasks) + 1, len(jobs)))
+    graphs = len(jobs)
+    if staff and ahead is not None:
+        jobs.append(Job("the page to explore", cells.graphs, (), shown))
+    figures = len(jobs)
+    jobs.append(Job("the figures", cells.draw, (folder, arms, False), shown))
+    jobs.append(Job("the figures", cells.draw, (folder, arms, True), (*shown, *evaluated[: len(arms)])))
+    found = perform(jobs, data, staff, device=device, stage=stage, stop=stop)
+    if ahead is not None and figures > graphs:
+        ahead |= found[graphs]
+    reader: cells.Reader | None = found[len(tasks)]
+    with stage("report") as update:
+        made = [
+            Cell(arm, run, run.model(device), found[place])
+            for (arm, _), run, place in zip(wanted, found, evaluated, strict=False)
         ]
-        drawn = build.draw(folder, cells, data)
-        go_on(stop)
-        update(0.8, "")
-        values = build.aggregate(cells)
-        described = cells[0].evaluation.protocol
+        values = build.aggregate(made)
+        described = found[evaluated[0]].protocol
         observed = observations.removing_kl(
             values, len(recipes["kl"]), described["importance_samples"], described["importance_sampled_images"],
-            0 if classifier is None else classifier.classes,
+            0 if reader is None else reader.classes,
         )  # fmt: skip
+        update(0.5, "")
         return build.write(
             folder, chosen.title,
             "The same autoencoder, trained with the KL term of the ELBO and without it: what happens to the codes, to the "
             "samples of the prior, and to the likelihood.",
-            list(arms.values()), cells, drawn, observed,
-            {"classifier_test_accuracy": accuracy, "data_source": data.source, "notes": "; ".join(data.notes) or None,
-             "data_fingerprint": data.fingerprint},
+            arms, made, build.together(*found[figures:]), observed,
+            {"classifier_test_accuracy": None if reader is None else reader.accuracy, "data_source": data.source,
+             "notes": "; ".join(data.notes) or None, "data_fingerprint": data.fingerprint},
             values,
         )  # fmt: skip
 
@@ -191,6 +205,7 @@ def write_explorer(
     data: "Dataset",
     seed: int = 0,
     *,
+    ahead: "Graphs | None" = None,
     data_dir: Path | None = None,
     fetching: "Fetching | None" = None,
     stage: Stage = lambda label: nullcontext(lambda done, text: None),
@@ -202,6 +217,7 @@ def write_explorer(
         folder: of the study, after `run_study`.
         data: the images.
         seed: of the runs that are shown.
+        ahead: graphs that `run_study` has made; what is missing is made here.
         data_dir: where the page's runtime is looked for first.
         fetching: shows the progress of fetching it, see `vaelab.data.store`.
         stage: shows progress.
@@ -218,7 +234,8 @@ def write_explorer(
             from vaelab.explore import bundle, pack, runtime
             from vaelab.explore.graph import require
 
-            require()
+            if not ahead:
+                require()
             running = runtime.load(data_dir, fetching)
             chosen = study(name)
             exhibits = [
@@ -229,6 +246,7 @@ def write_explorer(
                 exhibits,
                 data,
                 title=f"{chosen.title}, {data.name}",
+                ahead=ahead,
                 on_progress=lambda done, text: update(0.9 * done, text),
             )
             pack.write_single(folder / PAGE, made, running)

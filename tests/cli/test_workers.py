@@ -4,16 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vaelab import cells
-from vaelab.cells import Task, measured
+from vaelab import crew
+from vaelab.cells import Task, plan
 from vaelab.checkpoint import Checkpoints
+from vaelab.crew import Job, hired, perform
 from vaelab.errors import Interrupted, RunError, WorkerDied
-from vaelab.legibility import Classifier
 from vaelab.run import Run, locked, read_json
 from vaelab.studies import recipes_of
 
@@ -36,20 +38,22 @@ def tasks(digits, tmp_path):
 def side_by_side(digits, monkeypatch):
     """Works on tasks in two processes, and in none of them here; `when` is called once both are being trained."""
 
-    def work(tasks, when=lambda: None, stage=unseen, classifier=None):
+    def work(tasks, when=lambda: None, stage=unseen, reading=False):
         def stop():
             begun = all((task.path / "metrics.jsonl").is_file() for task in tasks)
             return when() if begun else None
 
-        with monkeypatch.context() as patch:
-            patch.setattr(cells, "_cell", lambda *given: pytest.fail("a cell of this process"))
-            return measured(tasks, digits, classifier, device="cpu", workers=2, stage=stage, stop=stop)
+        with monkeypatch.context() as patch, hired(2, len(tasks), "cpu") as staff:
+            patch.setattr(crew, "_one_after_another", lambda *given: pytest.fail("a job of this process"))
+            jobs = plan(tasks, reading=reading)
+            return perform(jobs, digits, staff, device="cpu", stage=stage, stop=stop)[-len(tasks) :]
 
     return work
 
 
-def here(tasks, digits, stop=lambda: None, classifier=None):
-    return measured(tasks, digits, classifier, device="cpu", workers=1, stage=unseen, stop=stop)
+def here(tasks, digits, stop=lambda: None, reading=False):
+    jobs = plan(tasks, reading=reading)
+    return perform(jobs, digits, (), device="cpu", stage=unseen, stop=stop)[-len(tasks) :]
 
 
 def unseen(label):
@@ -84,8 +88,9 @@ def test_two_processes_give_the_numbers_of_one(tasks, side_by_side, digits):
         yield lambda done, text: None
         shown.append((label, "ended"))
 
-    one, two, classifier = tasks("one", 3), tasks("two", 3), Classifier(digits.shape, 10).eval()
-    alone, beside = here(one, digits, classifier=classifier), side_by_side(two, stage=stage, classifier=classifier)
+    one, two = tasks("one", 3), tasks("two", 3)
+    beside, alone = side_by_side(two, stage=stage, reading=True), here(one, digits, reading=True)
+    assert alone[0].quantities["legible"].mean is not None
     for a, b, task, other in zip(alone, beside, one, two, strict=True):
         assert a.to_dict() == b.to_dict() and np.array_equal(a.codes, b.codes)
         assert (task.path / "model.safetensors").read_bytes() == (other.path / "model.safetensors").read_bytes()
@@ -94,6 +99,7 @@ def test_two_processes_give_the_numbers_of_one(tasks, side_by_side, digits):
         assert read_json(task.path / "evaluation.json") == read_json(other.path / "evaluation.json")
         assert Run.open(other.path).environment()["threads"] == 1
     labels = {f"{what} {task.name}" for what in ("train", "evaluate") for task in two}
+    labels.add("train the classifier that reads the samples")
     assert sorted(shown) == sorted((label, what) for label in labels for what in ("begun", "ended"))
 
 
@@ -149,6 +155,31 @@ def test_a_cell_that_fails_is_told_once_and_the_others_are_kept(tasks, side_by_s
         side_by_side([first, other], fail)
     assert "Traceback" in caught.value.__notes__[0]  # for --debug
     assert goes_on(other)
+
+
+def said(desk, what, *heard):
+    """A job: what it was given, and what it was given of others. The first of all lasts until the third is done."""
+    if what == "long":
+        while not Path(desk.data).exists():
+            time.sleep(0.01)
+    if what == "third":
+        Path(desk.data).touch()
+    return what, *(word for word, *_ in heard)
+
+
+def test_a_job_waits_for_those_it_needs_and_for_no_other(tmp_path):
+    """With two workers: the third must be done while the first is not, after the second, which it needs."""
+    wanted = [("long", ()), ("second", ()), ("third", (1,)), ("last", (0, 2))]
+    jobs = [Job(name, said, (name,), needs) for name, needs in wanted]
+    with hired(2, 4, "cpu") as staff:
+        found = perform(jobs, str(tmp_path / "done"), staff, device="cpu", stage=unseen, stop=lambda: None)
+    assert found == [("long",), ("second",), ("third", "second"), ("last", "long", "third")]
+
+
+@pytest.mark.parametrize(("workers", "most", "device"), [(0, 6, "cpu"), (1, 6, "cpu"), (2, 1, "cpu"), (2, 6, "cuda")])
+def test_nobody_is_hired_where_one_process_does(workers, most, device):
+    with hired(workers, most, device) as staff:  # the tests have one core
+        assert not staff
 
 
 def test_a_number_of_workers_that_is_none(vaelab, tmp_path):

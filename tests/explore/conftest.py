@@ -75,7 +75,7 @@ def run_of(tmp_path, few):
 def ungraphed(monkeypatch):
     """No graphs, which take a second each: for tests of what surrounds them."""
 
-    def graph(model, about):
+    def graph(model, about, like):
         return Graph(b"graph", (), (), 0.0)
 
     monkeypatch.setattr(export, "encoder", graph)

@@ -228,6 +228,56 @@ def test_a_graph_is_silent_the_same_each_time_and_tells_nothing_of_the_machine(m
     assert b".py" not in one.content and b"site-packages" not in one.content
 
 
+def another(m):
+    """A model of the same networks with other weights."""
+    with torch.no_grad():
+        for parameter in m.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return m
+
+
+@pytest.fixture
+def translated(monkeypatch):
+    """How often torch's exporter was asked."""
+    asked, exporter = [], torch.onnx.export
+
+    def counting(*given, **how):
+        asked.append(1)
+        return exporter(*given, **how)
+
+    monkeypatch.setattr(torch.onnx, "export", counting)
+    return asked
+
+
+@pytest.mark.parametrize("family", ["Gaussian", "conditional convolutions"])
+def test_runs_of_the_same_networks_share_one_translation(model, run_of, translated, family):
+    how = POSTERIORS[family]
+    first, second = run_of(another(model(**how)), "first"), run_of(another(model(**how)), "second")
+    made = export.graphs([first, second])
+    assert len(translated) == 2  # an encoder and a scorer
+    alone = export.graphs([second])
+    for part in export.PARTS:
+        assert made[second.path][part].content == alone[second.path][part].content
+        assert made[second.path][part].content != made[first.path][part].content
+
+
+def test_runs_of_other_networks_share_none(model, run_of, translated):
+    export.graphs([run_of(model(), "one"), run_of(model(dim=3), "other")])
+    assert len(translated) == 4
+
+
+def test_weights_that_cannot_be_told_apart_are_translated_anew(model, translated):
+    """Two biases that hold the same, as before training: which is which in the graph nobody knows."""
+    m = model()
+    with torch.no_grad():
+        for name, parameter in m.named_parameters():
+            if name.endswith("bias") and parameter.shape == (16,):
+                parameter.zero_()
+    graph, other = export.encoder(m), another(model())
+    assert graph.content != export.encoder(other, like=(graph, m)).content
+    assert len(translated) == 2 and export.encoder(other) == export.encoder(other, like=(graph, m))
+
+
 def test_the_model_is_left_as_it_was(model):
     m = model().train()
     before = {name: t.clone() for name, t in m.state_dict().items()}

@@ -32,7 +32,7 @@ def compare(
 ) -> None:
     """Compare runs image by image: differences, their standard errors and bootstrap intervals.
 
-    Example: `vaelab compare runs/mnist-1 runs/mnist-2`
+    Example: vaelab compare runs/mnist-1 runs/mnist-2
     """
     from vaelab.cli.common import open_run
     from vaelab.errors import UsageError

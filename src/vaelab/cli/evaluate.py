@@ -45,7 +45,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure runs on their test images, and keep the numbers in the run folder.
 
-    Example: `vaelab evaluate runs/mnist-1 -k 5000`
+    Example: vaelab evaluate runs/mnist-1 -k 5000
     """
     from vaelab.cli.common import open_run
     from vaelab.errors import UsageError

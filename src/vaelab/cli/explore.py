@@ -26,7 +26,7 @@ def explore(
     The map of the codes, what any point of it decodes to, your own drawing encoded: computed in the page, which needs
     neither a server nor a network.
 
-    Example: `vaelab explore runs/mnist-1 runs/mnist-2`
+    Example: vaelab explore runs/mnist-1 runs/mnist-2
     """
     from vaelab.cli.common import data_of, open_run
     from vaelab.errors import UsageError

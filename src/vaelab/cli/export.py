@@ -21,7 +21,7 @@ def export(
 
     Each is compared with torch on batches of 1, 2 and 7 images before anything is written.
 
-    Example: `vaelab export runs/mnist-1 --to onnx`
+    Example: vaelab export runs/mnist-1 --to onnx
     """
     from vaelab.cli.common import open_run
     from vaelab.explore import export as onnx

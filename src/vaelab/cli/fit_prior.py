@@ -28,7 +28,7 @@ def fit_prior(
 ) -> None:
     """Fit a prior to the codes of a run's training images, and write a new run that samples from it.
 
-    Example: `vaelab fit-prior runs/mnist-1 --kind mixture --components 10`
+    Example: vaelab fit-prior runs/mnist-1 --kind mixture --components 10
     """
     from vaelab import fitted
     from vaelab.cli.common import data_of, open_run

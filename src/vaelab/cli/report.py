@@ -18,7 +18,7 @@ def report(
 ) -> None:
     """Evaluate one run, draw its figures, and write a self-contained page.
 
-    Example: `vaelab report runs/mnist-1`
+    Example: vaelab report runs/mnist-1
     """
     from vaelab.cli.common import data_of, open_run
     from vaelab.data.protocol import protocol
@@ -47,7 +47,7 @@ def report(
     with stages("figures and report"):
         arm = build.Arm("run", recipe.name, f"{recipe.data}, {recipe.protocol}")
         cells = [build.Cell(arm, opened, model, evaluation)]
-        drawn = build.draw(folder, cells, data)
+        drawn = build.together(build.draw(folder, cells, data))
         written = build.write(
             folder, f"Run {run.resolve().name}", f"Recipe {recipe.name} on {recipe.data}, protocol {recipe.protocol}.",
             [arm], cells, drawn, [],

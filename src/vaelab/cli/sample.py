@@ -25,7 +25,7 @@ def sample(
 ) -> None:
     """Draw images from a model: z from the prior, then the decoder.
 
-    Example: `vaelab sample runs/mnist-1 -n 64 --out samples.png`
+    Example: vaelab sample runs/mnist-1 -n 64 --out samples.png
     """
     from vaelab.cli.common import open_run
     from vaelab.errors import UsageError

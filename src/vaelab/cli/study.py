@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -12,7 +12,10 @@ from vaelab.cli.fields import command_from
 from vaelab.recipes import RECIPES, recipe
 from vaelab.studies import STUDIES, study
 
-app = App(name="study", help="Run a study and write its report.\n\nExample: `vaelab study removing-kl --seeds 3`")
+if TYPE_CHECKING:
+    from vaelab.explore.export import Graphs
+
+app = App(name="study", help="Run a study and write its report.\n\nExample: vaelab study removing-kl --seeds 3")
 
 
 def _body(name: str) -> Any:
@@ -39,20 +42,29 @@ def _body(name: str) -> Any:
         start = time.perf_counter()
         given = {key: value for key, value in fields.items() if value is not None}
         recipe(study(name).recipe, **{k: v for k, v in given.items() if k != "data"})  # out-of-range values end here
-        from vaelab.cli.common import absolute, check_device, load_data
-        from vaelab.report.page import text_table
-        from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
+        from vaelab.crew import check_workers, hired
 
-        check_device(device)
-        stages = console.Stages(output)
-        data_name, seed = given.pop("data"), given.pop("seed")
-        data = load_data(data_name, data_dir, stages)
-        recipes = recipes_of(name, data, absolute(data_name), seeds, seed, **given)
-        with console.interruptible() as stop:
-            report = run_study(
-                name, out, data, recipes, overwrite=overwrite, device=device, workers=workers, stage=stages, stop=stop
-            )  # fmt: skip
-        absent = write_explorer(name, out, data, seed, data_dir=data_dir, fetching=stages.fetch(), stage=stages)
+        check_workers(workers)
+        with hired(workers, len(study(name).arms) * max(1, seeds), device) as staff:  # they import torch meanwhile
+            from vaelab.cli.common import absolute, check_device, load_data, prepare_torch
+            from vaelab.report.page import text_table
+            from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
+
+            prepare_torch()
+            check_device(device)
+            stages = console.Stages(output)
+            data_name, seed = given.pop("data"), given.pop("seed")
+            data = load_data(data_name, data_dir, stages)
+            recipes = recipes_of(name, data, absolute(data_name), seeds, seed, **given)
+            ahead: Graphs = {}
+            with console.interruptible() as stop:
+                report = run_study(
+                    name, out, data, recipes, overwrite=overwrite, device=device, staff=staff, ahead=ahead, stage=stages,
+                    stop=stop,
+                )  # fmt: skip
+        absent = write_explorer(
+            name, out, data, seed, ahead=ahead, data_dir=data_dir, fetching=stages.fetch(), stage=stages
+        )
 
         def show() -> None:
             console.table(text_table(report))
@@ -70,7 +82,7 @@ for _name, _study in STUDIES.items():
     app.command(
         command_from(
             RECIPES[_study.recipe], _body(_name), without=("beta",), unset=("epochs",),
-            doc=f"{_study.summary[0].upper()}{_study.summary[1:]}.\n\nExample: `vaelab study {_name} --data digits`",
+            doc=f"{_study.summary[0].upper()}{_study.summary[1:]}.\n\nExample: vaelab study {_name} --data digits",
         ),
         name=_name,
     )  # fmt: skip

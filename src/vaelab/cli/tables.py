@@ -12,7 +12,7 @@ from vaelab.cli.console import Output
 def recipes(*, output: Output = Output()) -> None:  # noqa: B008
     """The recipes of `vaelab train`, with their defaults.
 
-    Example: `vaelab recipes --json`
+    Example: vaelab recipes --json
     """
     from vaelab.recipes import RECIPES
 
@@ -26,7 +26,7 @@ def recipes(*, output: Output = Output()) -> None:  # noqa: B008
 def studies(*, output: Output = Output()) -> None:  # noqa: B008
     """The studies of `vaelab study`.
 
-    Example: `vaelab studies`
+    Example: vaelab studies
     """
     from vaelab.studies import STUDIES
 
@@ -46,7 +46,7 @@ def data(
 
     A folder of images in class sub-folders, or an .npz file, is given by its path instead of a name.
 
-    Example: `vaelab data`
+    Example: vaelab data
     """
     from vaelab.data.datasets import catalogue
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = App(
     name="train",
     help="Train a recipe into a run folder, or go on with a training that was interrupted.\n\n"
-    "Examples: `vaelab train mnist --latent-dim 10`, `vaelab train --resume runs/mnist-1`",
+    "Examples: vaelab train mnist --latent-dim 10, vaelab train --resume runs/mnist-1",
 )
 
 OnNonfinite = Literal["stop", "skip"]
@@ -42,7 +42,7 @@ def resume(
 ) -> None:
     """Go on with a training that was interrupted: the same bits as if it had not been.
 
-    Example: `vaelab train --resume runs/mnist-1`
+    Example: vaelab train --resume runs/mnist-1
     """
     from vaelab.errors import UsageError, unknown_name
     from vaelab.run import Run
@@ -98,15 +98,17 @@ def _body(name: str) -> Any:
     ) -> None:
         _check_every(checkpoint_every)
         recipe(name, **fields)  # out-of-range values end here, before data is fetched or torch imported
-        import torch
+        from vaelab.cli.common import absolute, check_device, load_data, prepare_torch
 
-        from vaelab.cli.common import absolute, check_device, load_data
-        from vaelab.precision import choose
-        from vaelab.running import train
-
+        prepare_torch()
         check_device(device)
         stages = console.Stages(output)
         data = load_data(fields["data"], data_dir, stages)
+        import torch
+
+        from vaelab.precision import choose
+        from vaelab.running import train
+
         path = out or _free(name)
         fields["data"] = absolute(fields["data"])
         if "images" in (RECIPES[name].__kwdefaults__ or {}):
@@ -163,7 +165,7 @@ for _name, _function in RECIPES.items():
             _function,
             _body(_name),
             without=("images",),
-            doc=f"{_function.__doc__}\n\nExample: `vaelab train {_name} --epochs 5 --out runs/x`",
+            doc=f"{(_function.__doc__ or '').replace('`', '')}\n\nExample: vaelab train {_name} --epochs 5 --out runs/x",
         ),
         name=_name,
     )

@@ -36,7 +36,7 @@ from vaelab.errors import RunError, UsageError
 from vaelab.evaluation import evenly
 from vaelab.evaluation.compare import load as load_evaluation
 from vaelab.explore import export
-from vaelab.explore.graph import NoGraph, require
+from vaelab.explore.graph import Graph, NoGraph, require
 from vaelab.models.vae import VAE
 from vaelab.priors import StandardNormal
 from vaelab.report.metrics import METRICS
@@ -86,7 +86,12 @@ class Bundle:
 
 
 def build(
-    exhibits: Sequence[Exhibit], data: Dataset, *, title: str = "", on_progress: OnProgress = lambda done, text: None
+    exhibits: Sequence[Exhibit],
+    data: Dataset,
+    *,
+    title: str = "",
+    ahead: export.Graphs | None = None,
+    on_progress: OnProgress = lambda done, text: None,
 ) -> Bundle:
     """The bundle of one run, or of two on the same images.
 
@@ -94,14 +99,19 @@ def build(
         exhibits: one or two trained runs.
         data: what they were trained on; its test images are shown.
         title: of the page.
+        ahead: what `export.graphs` made of these runs; without it they are made here.
         on_progress: called with the fraction done and what is next.
 
     Raises:
         UsageError: the packages for ONNX are missing, the runs do not belong together, or codes are not finite.
         RunError: a run without a trained model.
     """
-    require()
+    if not ahead:
+        require()
     check(exhibits, data)
+    graphs = ahead or export.graphs(
+        [exhibit.run for exhibit in exhibits], lambda done, text: on_progress(0.8 * done, f"{text} to ONNX")
+    )
     protocol = protocol_named(exhibits[0].run.recipe().protocol)
     index = evenly(min(SHOWN, max(1, PIXELS // math.prod(data.shape))), len(data.test))
     pixels = _bytes(protocol, data, index)
@@ -115,9 +125,9 @@ def build(
     for i, (key, exhibit) in enumerate(zip("ab", exhibits, strict=False)):
 
         def tell(done: float, text: str, i: int = i, label: str = exhibit.label) -> None:
-            on_progress((i + done) / len(exhibits), f"{label}: {text}")
+            on_progress(0.8 + 0.2 * (i + done) / len(exhibits), f"{label}: {text}")
 
-        described, made = _exhibit(key, exhibit, protocol, x, labels, tell)
+        described, made = _exhibit(key, exhibit, protocol, x, labels, graphs[exhibit.run.path], tell)
         runs.append(described)
         pieces |= made
     manifest = {
@@ -187,7 +197,13 @@ def _bytes(protocol: Protocol, data: Dataset, index: np.ndarray) -> np.ndarray:
 
 
 def _exhibit(
-    key: str, exhibit: Exhibit, protocol: Protocol, x: Tensor, labels: np.ndarray | None, tell: OnProgress
+    key: str,
+    exhibit: Exhibit,
+    protocol: Protocol,
+    x: Tensor,
+    labels: np.ndarray | None,
+    graphs: Mapping[str, Graph | NoGraph],
+    tell: OnProgress,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """One run's part of the manifest, and its pieces."""
     run, recipe = exhibit.run, exhibit.run.recipe()
@@ -203,17 +219,16 @@ def _exhibit(
     if not np.isfinite(codes.mean).all():
         bad = int((~np.isfinite(codes.mean)).any(1).sum())
         raise UsageError(f"the codes of {bad} of {len(x)} test images of '{run.path}' are not finite: train it again")
-    facts, missing = export.about(run), {}
+    missing: dict[str, str] = {}
     pieces = {f"{key}/mean.f32": codes.mean.astype("<f4").tobytes()}
     names = {"log_sigma": codes.log_sigma, "scale_tril": codes.scale_tril}
     pieces |= {f"{key}/{name}.f32": found.astype("<f4").tobytes() for name, found in names.items() if found is not None}
-    for done, part, make in ((0.2, "encoder", export.encoder), (0.6, "decoder", export.scorer)):
-        tell(done, f"{part} to ONNX")
-        try:
-            pieces[f"{key}/{part}.onnx"] = make(model, facts).content
-        except NoGraph as error:
-            missing[part] = error.reason
-    tell(0.95, "numbers")
+    for part, graph in graphs.items():
+        if isinstance(graph, NoGraph):
+            missing[part] = graph.reason
+        else:
+            pieces[f"{key}/{part}.onnx"] = graph.content
+    tell(0.5, "numbers")
     metrics, not_measured, how = _metrics(run, protocol)
     described = {
         "key": key,

@@ -8,12 +8,13 @@ The translation is torch's own (`torch.onnx.export` with torch.export underneath
 way that cancels or overflows; see `_translations`.
 """
 
+import hashlib
 import importlib
 import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,45 @@ class NoGraph(UsageError):
         super().__init__(f"{self.reason}; the {other} may be: vaelab export RUN --part {other}")
 
 
+@dataclass(frozen=True)
+class Refill:
+    """A graph whose weights can be exchanged for those of another model of the same networks.
+
+    The exporter keeps weights as they are or transposed, so they are found by what they hold.
+
+    Attributes:
+        content: of the graph.
+        held: the tensors of its model, by their names.
+        wanted: those of the other model.
+    """
+
+    content: bytes
+    held: Mapping[str, Tensor]
+    wanted: Mapping[str, Tensor]
+
+    def proto(self) -> Any:
+        """The graph with the other weights; None where it holds one that cannot be told from another."""
+        import onnx
+        from onnx import numpy_helper
+
+        found: dict[bytes, np.ndarray] = {}
+        for name, tensor in self.held.items():
+            other = self.wanted[name].numpy()
+            for one, new in ((tensor.numpy(), other), (tensor.numpy().T, other.T)):
+                if found.setdefault(_digest(one), new) is not new and not np.array_equal(found[_digest(one)], new):
+                    return None
+        proto = onnx.load_from_string(self.content)
+        for initializer in proto.graph.initializer:
+            if (new := found.get(_digest(numpy_helper.to_array(initializer)))) is not None:
+                initializer.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(new), initializer.name))
+        return proto
+
+
+def _digest(array: np.ndarray) -> bytes:
+    """Of what an array holds, and its shape."""
+    return repr((array.shape, array.dtype)).encode() + hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+
+
 def require() -> None:
     """Raises UsageError, with the command to install them, where the packages for ONNX are missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -78,6 +118,7 @@ def translate(
     given: Callable[[int], tuple[Tensor, ...]],
     facts: Mapping[str, str],
     steps: Sequence[str] = (),
+    before: Refill | None = None,
 ) -> Graph:
     """The graph of a module, after it has agreed with it.
 
@@ -88,11 +129,22 @@ def translate(
         given: makes what it takes for a batch of N.
         facts: the file's metadata; `part` is the graph's name, too.
         steps: outputs that jump as their inputs cross an edge: one value in 100 may have been rounded to the other side.
+        before: a graph that may become this one with other weights; it must agree like any other, or a new one is made.
 
     Raises:
         NoGraph: something in it has no translation, or the graph disagrees.
     """
     part, batch = facts["part"], torch.export.Dim("N")
+
+    def proven(proto: Any) -> Graph:
+        _describe(proto, facts)
+        content = proto.SerializeToString(deterministic=True)
+        worst = max(_difference(module, content, inputs, outputs, given(n), part, steps) for n in BATCHES)
+        return Graph(content, tuple(inputs), tuple(outputs), worst)
+
+    if before is not None and (refilled := before.proto()) is not None:
+        with suppress(NoGraph):
+            return proven(refilled)
     try:
         with _quietly():
             program = torch.onnx.export(
@@ -102,11 +154,7 @@ def translate(
             )  # fmt: skip
     except Exception as error:  # the exporter wraps whatever a network of the user's own runs into
         raise NoGraph(part, f"a network in it has no translation ({_first_line(error)})") from None
-    proto = program.model_proto  # type: ignore[union-attr]
-    _describe(proto, facts)
-    content = proto.SerializeToString(deterministic=True)
-    worst = max(_difference(module, content, inputs, outputs, given(n), part, steps) for n in BATCHES)
-    return Graph(content, tuple(inputs), tuple(outputs), worst)
+    return proven(program.model_proto)  # type: ignore[union-attr]
 
 
 def run_graph(content: bytes, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

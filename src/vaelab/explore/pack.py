@@ -30,6 +30,8 @@ from vaelab.run import replacing
 
 PLACES = ("<!--vaelab:style-->", "<!--vaelab:importmap-->", "<!--vaelab:pieces-->")
 """What `page/index.html` holds, once each."""
+LEVEL = 6
+"""Of gzip: level 9 makes the lab's page 0.4 % smaller and takes 2.3 times as long (3.5 s of a core on a busy machine)."""
 PAGES = (".html", ".htm")
 """What the name of a single file ends in."""
 
@@ -47,7 +49,7 @@ def single(bundle: Bundle, runtime: Runtime) -> bytes:
         f'<script type="application/json" id="vaelab-manifest">{_json_in_html(_manifest(bundle, pieces))}</script>',
         *(
             f'<script type="application/octet-stream" id="piece:{name}" data-planes="{_planes(name)}">'
-            f"{_base64(gzip.compress(_apart(content, _planes(name)), 9, mtime=0))}</script>"
+            f"{_base64(gzip.compress(_apart(content, _planes(name)), LEVEL, mtime=0))}</script>"
             for name, content in pieces.items()
         ),
         f"<script>{_script_in_html(runtime.d3)}</script>",

@@ -1,13 +1,15 @@
 """From evaluated runs to a folder a student would hand in: images, report.json and report.html."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from vaelab.data.datasets import Dataset
 from vaelab.data.protocol import protocol as protocol_named
@@ -19,6 +21,9 @@ from vaelab.run import Run, environment
 
 SHOWN = 100
 """Samples in a generation figure."""
+
+Drawn = list[dict[str, str] | None]
+"""Entries of a report's figures, in its order; None where another part of them is drawn."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained and evaluated run of an arm."""
+    """One trained run of an arm, and its evaluation where there is one already."""
 
     arm: Arm
     run: Run
     model: VAE
-    evaluation: Evaluation
+    evaluation: Evaluation | None
 
 
 def aggregate(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -47,7 +52,7 @@ def aggregate(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
     """
     values: dict[str, dict[str, dict[str, Any]]] = {}
     for arm in dict.fromkeys(cell.arm for cell in cells):
-        runs = [cell.evaluation.quantities for cell in cells if cell.arm == arm]
+        runs = [_evaluation(cell).quantities for cell in cells if cell.arm == arm]
         for key in runs[0]:
             found = [q[key].mean for q in runs]
             numbers = np.array([x for x in found if x is not None])
@@ -65,84 +70,132 @@ def aggregate(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
     return values
 
 
-def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0) -> list[dict[str, str]]:
+def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0, evaluated: bool | None = None) -> Drawn:
     """Draw the figures of the first run of each arm; returns their entries for the report.
 
     The first arm's files have plain names, those of an arm `x` end in `_x`.
+
+    Args:
+        folder: of the report.
+        cells: the runs.
+        data: what they were trained on.
+        seed: of the samples.
+        evaluated: only the figures that show an evaluation, or only those that do not: the same list, with None in the
+            place of the others. So two processes can draw, one of them before there are evaluations; see `together`.
     """
     first = {}
     for cell in cells:
         first.setdefault(cell.arm, cell)
     shown = list(first.values())
-    made: list[dict[str, str]] = []
-
-    def add(figure: Any, name: str, title: str, caption: str) -> None:
+    made: Drawn = []
+    for of_evaluation, make in _Figures(shown, data, seed).all():
+        if evaluated is not None and of_evaluation is not evaluated:
+            made.append(None)
+            continue
+        figure, name, title, caption = make()
         figures.save(figure, folder / "images" / f"{name}.png")
         made.append({"file": f"images/{name}.png", "title": title, "caption": caption, "alt": f"{title}. {caption}"})
+    return made
 
-    protocol = protocol_named(shown[0].run.recipe().protocol)
-    test, train = protocol.test_set(data.test.pixels), protocol.test_set(data.train.pixels[:10_000])
-    pick = _of_every_class(data)
-    labels = None if data.test.labels is None else data.test.labels[pick]
-    conditional = shown[0].model.classes is not None and labels is not None
-    c = torch.from_numpy(labels) if conditional else None
-    codes = codes_of(shown[0].model, test[pick], c=c)
-    means = decoded(shown[0].model, torch.from_numpy(codes).float(), c=c)
-    add(
-        figures.reconstruction(test[pick].numpy(), means.numpy(), labels, data.classes),
-        "reconstruction", "Reconstructions",
-        f"Test images as the model sees them, and the decoder's mean at their codes; {shown[0].arm.label}.",
-    )  # fmt: skip
-    for index, cell in enumerate(shown):
-        suffix = f"_{cell.arm.key}" if index else ""
+
+def together(*drawn: Drawn) -> list[dict[str, str]]:
+    """The entries of one list of figures that was drawn in parts."""
+    return [next(entry for entry in entries if entry is not None) for entries in zip(*drawn, strict=True)]
+
+
+class _Figures:
+    """The figures of a report, each made when it is asked for."""
+
+    def __init__(self, shown: Sequence[Cell], data: Dataset, seed: int) -> None:
+        self.shown, self.data, self.seed = shown, data, seed
+        self.protocol = protocol_named(shown[0].run.recipe().protocol)
+        self.conditional = shown[0].model.classes is not None and data.test.labels is not None
+
+    def all(self) -> Iterator[tuple[bool, Callable[[], tuple[Figure, str, str, str]]]]:
+        """Whether it shows an evaluation, and what makes it and its name, title and caption."""
+        yield False, self.reconstruction
+        for index, cell in enumerate(self.shown):
+            suffix = f"_{cell.arm.key}" if index else ""
+            yield False, partial(self.generation, cell, suffix)
+            if index and not self.conditional:
+                yield False, partial(self.fitted, cell, suffix)
+        for index, cell in enumerate(self.shown):
+            yield True, partial(self.latent_space, cell, f"_{cell.arm.key}" if index else "")
+        if len(self.shown) == 2:
+            yield True, self.comparison
+        if self.shown[0].model.latent_dim >= 2 and not self.conditional:
+            yield True, self.manifold
+        yield False, self.training
+
+    def reconstruction(self) -> tuple[Figure, str, str, str]:
+        cell, data = self.shown[0], self.data
+        test = self.protocol.test_set(data.test.pixels)
+        pick = _of_every_class(data)
+        labels = None if data.test.labels is None else data.test.labels[pick]
+        c = torch.from_numpy(labels) if self.conditional and labels is not None else None
+        means = decoded(cell.model, torch.from_numpy(codes_of(cell.model, test[pick], c=c)).float(), c=c)
+        return (
+            figures.reconstruction(test[pick].numpy(), means.numpy(), labels, data.classes),
+            "reconstruction", "Reconstructions",
+            f"Test images as the model sees them, and the decoder's mean at their codes; {cell.arm.label}.",
+        )  # fmt: skip
+
+    def generation(self, cell: Cell, suffix: str) -> tuple[Figure, str, str, str]:
         asked = None if cell.model.classes is None else torch.arange(SHOWN) % cell.model.classes
-        images = decoded(cell.model, prior_codes(cell.model, SHOWN, seed, asked), c=asked)
-        add(
-            figures.generation(images.numpy(), f"Samples of the prior, {cell.arm.label}",
-                               f"{prior_of(cell.model)}, decoder mean"),
-            f"generation{suffix}", f"Samples of the prior, {cell.arm.label}",
+        images, title = (
+            decoded(cell.model, prior_codes(cell.model, SHOWN, self.seed, asked), c=asked),
+            "Samples of the prior",
+        )
+        return (
+            figures.generation(images.numpy(), f"{title}, {cell.arm.label}", f"{prior_of(cell.model)}, decoder mean"),
+            f"generation{suffix}", f"{title}, {cell.arm.label}",
             "The decoder's mean at codes drawn from the prior: its expectation of each pixel, not a sample of pixels."
             + ("" if asked is None else " The labels are asked for in turn."),
         )  # fmt: skip
-        if index and not conditional:
-            z = fitted_codes(cell.model, train, SHOWN, seed)
-            add(
-                figures.generation(
-                    decoded(cell.model, z).numpy(), f"Samples of a fitted Gaussian, {cell.arm.label}",
-                    "z ~ Gaussian fitted to the model's own codes"),
-                f"generation{suffix}_fitted", f"Samples of a fitted Gaussian, {cell.arm.label}",
-                "The same decoder, at codes drawn from a Gaussian fitted to its own codes.",
-            )  # fmt: skip
 
-    planes = [_plane(cell.evaluation.codes) for cell in shown]
-    for index, (cell, (points, axes, how)) in enumerate(zip(shown, planes, strict=True)):
-        add(
-            figures.latent_space(
-                points, data.test.labels, data.classes, f"Latent space, {cell.arm.label}", axis_labels=axes),
-            f"latent_space_{cell.arm.key}" if index else "latent_space", f"Latent space, {cell.arm.label}",
+    def fitted(self, cell: Cell, suffix: str) -> tuple[Figure, str, str, str]:
+        z = fitted_codes(cell.model, self.protocol.test_set(self.data.train.pixels[:10_000]), SHOWN, self.seed)
+        title = f"Samples of a fitted Gaussian, {cell.arm.label}"
+        return (
+            figures.generation(decoded(cell.model, z).numpy(), title, "z ~ Gaussian fitted to the model's own codes"),
+            f"generation{suffix}_fitted", title,
+            "The same decoder, at codes drawn from a Gaussian fitted to its own codes.",
+        )  # fmt: skip
+
+    def latent_space(self, cell: Cell, suffix: str) -> tuple[Figure, str, str, str]:
+        points, axes, how = _plane(_evaluation(cell).codes)
+        title, data = f"Latent space, {cell.arm.label}", self.data
+        return (
+            figures.latent_space(points, data.test.labels, data.classes, title, axis_labels=axes),
+            f"latent_space{suffix}", title,
             f"Posterior means of the test set{how}; {'lines' if points.shape[1] == 1 else 'circles'}: 1, 2 and 3 sigma of the prior.",
         )  # fmt: skip
-    if len(shown) == 2:
-        (a, axes, _), (b, _, _) = planes
-        add(
+
+    def comparison(self) -> tuple[Figure, str, str, str]:
+        (a, axes, _), (b, _, _) = (_plane(_evaluation(cell).codes) for cell in self.shown)
+        one, other = (cell.arm.label for cell in self.shown)
+        return (
             figures.latent_space_comparison(
-                a, b, data.test.labels, data.classes, shown[0].arm.label, shown[1].arm.label, axis_labels=axes),
+                a, b, self.data.test.labels, self.data.classes, one, other, axis_labels=axes),
             "latent_space_comparison", "Both latent spaces on one scale",
             "The same test images under both models, with the prior's circles.",
         )  # fmt: skip
-    if shown[0].model.latent_dim >= 2 and not conditional:
+
+    def manifold(self) -> tuple[Figure, str, str, str]:
         quantiles = np.linspace(0.02, 0.98, 17)
-        add(
-            figures.manifold({cell.arm.label: _manifold(cell.model, cell.evaluation.codes, quantiles) for cell in shown},
-                             quantiles, axis_labels=planes[0][1]),
+        _, axes, how = _plane(_evaluation(self.shown[0]).codes)
+        grids = {cell.arm.label: _manifold(cell.model, _evaluation(cell).codes, quantiles) for cell in self.shown}
+        return (
+            figures.manifold(grids, quantiles, axis_labels=axes),
             "manifold", "The decoder over the prior",
-            f"Decoder means over a grid of quantiles of the prior{planes[0][2]}.",
+            f"Decoder means over a grid of quantiles of the prior{how}.",
         )  # fmt: skip
-    add(
-        figures.training({cell.arm.label: cell.run.history() for cell in shown}),
-        "training", "Training", "Rate and distortion in nats per image against seconds of training, train and test.",
-    )  # fmt: skip
-    return made
+
+    def training(self) -> tuple[Figure, str, str, str]:
+        return (
+            figures.training({cell.arm.label: cell.run.history() for cell in self.shown}),
+            "training", "Training", "Rate and distortion in nats per image against seconds of training, train and test.",
+        )  # fmt: skip
 
 
 def write(
@@ -181,7 +234,7 @@ def write(
         "observations": observations,
         "figures": drawn,
         "protocol": {
-            **cells[0].evaluation.protocol,
+            **_evaluation(cells[0]).protocol,
             "epochs": recipe.training.epochs,
             "batch_size": recipe.training.batch_size,
             "optimiser": f"{recipe.training.optimiser}, lr {recipe.training.lr:g}, {recipe.training.schedule}",
@@ -192,6 +245,11 @@ def write(
     }
     page.write_report(folder, report)
     return report
+
+
+def _evaluation(cell: Cell) -> Evaluation:
+    assert cell.evaluation is not None
+    return cell.evaluation
 
 
 def prior_of(model: VAE) -> str:
@@ -236,9 +294,7 @@ def _principal(codes: np.ndarray) -> np.ndarray:
 
 def _manifold(model: VAE, codes: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     """Decoder means (n, n, C, H, W) over prior quantiles: columns follow the first axis, rows the second."""
-    from scipy.stats import norm
-
-    a = norm.ppf(quantiles)
+    a = torch.special.ndtri(torch.from_numpy(quantiles)).numpy()
     second, first = np.meshgrid(a, a, indexing="ij")
     z = np.stack([first.ravel(), second.ravel()], 1) @ _principal(codes)
     images = decoded(model, torch.from_numpy(z).float()).numpy()

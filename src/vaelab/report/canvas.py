@@ -7,7 +7,8 @@ changes too, so that nobody depends on colour alone.
 import functools
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
@@ -15,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
@@ -55,12 +57,25 @@ def styled_figure(draw: Callable[P, Figure]) -> Callable[P, Figure]:
             figure = draw(*args, **kwargs)
             for axes in figure.axes:  # ticks are chosen anew at each drawing: by these settings, not by the user's
                 axes.tick_params(labelsize=SIZE, color=GREY, labelcolor=INK)
-            for _ in range(3):  # axes of fixed aspect settle on the third pass (to 0.001 of the figure) ...
-                figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # ... and stay: the layout would follow the resolution and the last save
+            with _unseen([image for axes in figure.axes for image in axes.images]):
+                for _ in range(3):  # axes of fixed aspect settle on the third pass (to 0.001 of the figure) ...
+                    figure.draw_without_rendering()
+            # ... and stay: the layout would follow the resolution and the last save. Without a layout engine, for one that
+            # does nothing makes `savefig` draw twice
+            figure.set_layout_engine(None)
             return figure
 
     return styled
+
+
+@contextmanager
+def _unseen(images: Sequence[AxesImage]) -> Iterator[None]:
+    """Pictures take no part in the layout of their axes, and resampling a hundred of them at each pass took most of it."""
+    for image in images:
+        image.set_visible(False)
+    yield
+    for image in images:
+        image.set_visible(True)
 
 
 class Group(NamedTuple):
