@@ -112,7 +112,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 def log_chi2_tail(squared: float, dof: int) -> float:
     """log Prob(chi^2 > squared) with `dof` degrees of freedom; where that underflows its Chernoff bound."""
-    from scipy.special import chdtr, chdtrc  # scipy.stats, which is made of them, takes 0.7 s to import
+    from scipy.special import chdtr, chdtrc  # scipy.stats, which is made of them, is slow to import
 
     if squared <= 0:
         return 0.0

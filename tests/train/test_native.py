@@ -157,6 +157,12 @@ def test_pixels_are_exact_for_logits_of_any_size(kernels, scale):
     assert torch.allclose(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6 * float(exact.grad.abs().max()))
 
 
+def test_images_of_many_pixels(kernels):
+    """Products of up to 64 factors of at most 2 are taken together, 16 side by side: 5,000 pixels are more than one such set."""
+    log_px = pixels.Bernoulli(torch.zeros(1, 1, 1, 50, 100)).log_prob(torch.ones(1, 1, 50, 100))
+    assert log_px.item() == pytest.approx(-5000 * math.log(2), rel=1e-6)
+
+
 def test_pixels_that_are_not_finite_say_so(kernels):
     for bad in (math.nan, math.inf):
         logits = torch.zeros(1, 2, 1, 4, 4)

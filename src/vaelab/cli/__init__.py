@@ -44,7 +44,7 @@ def app() -> App:
         name="vaelab",
         help="A laboratory for variational autoencoders.\n\nExample: vaelab study removing-kl",
         version=__version__,
-        help_format="plaintext",  # markdown takes a fifth of the time of a help, to import its parser
+        help_format="plaintext",  # markdown would import a parser first
         suppress_keyboard_interrupt=False,
     )
     for name, (path, help, example) in COMMANDS.items():

@@ -1,7 +1,5 @@
 """What several commands do: load the data, open a run with its data, check a device."""
 
-import importlib
-import threading
 from pathlib import Path
 
 from vaelab.cli.console import Output, Stages, note
@@ -14,14 +12,6 @@ from vaelab.run import Run
 def load_data(name: str, data_dir: Path | None, stages: Stages) -> Dataset:
     """The data set of that name, with progress where it is fetched."""
     return datasets.load(name, data_dir, stages.fetch())
-
-
-def prepare_torch() -> None:
-    """Begin to import torch, which takes 1.5 s, while the data is read: unpacking it and its checksums take 0.4 s of a core.
-
-    Whoever imports it next waits for it.
-    """
-    threading.Thread(target=importlib.import_module, args=("torch",)).start()
 
 
 def absolute(name: str) -> str:

@@ -46,11 +46,10 @@ def _body(name: str) -> Any:
 
         check_workers(workers)
         with hired(workers, len(study(name).arms) * max(1, seeds), device) as staff:  # they import torch meanwhile
-            from vaelab.cli.common import absolute, check_device, load_data, prepare_torch
+            from vaelab.cli.common import absolute, check_device, load_data
             from vaelab.report.page import text_table
             from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
 
-            prepare_torch()
             check_device(device)
             stages = console.Stages(output)
             data_name, seed = given.pop("data"), given.pop("seed")

@@ -98,9 +98,8 @@ def _body(name: str) -> Any:
     ) -> None:
         _check_every(checkpoint_every)
         recipe(name, **fields)  # out-of-range values end here, before data is fetched or torch imported
-        from vaelab.cli.common import absolute, check_device, load_data, prepare_torch
+        from vaelab.cli.common import absolute, check_device, load_data
 
-        prepare_torch()
         check_device(device)
         stages = console.Stages(output)
         data = load_data(fields["data"], data_dir, stages)

@@ -85,7 +85,7 @@ def outside_prior(model: VAE, codes: np.ndarray, c: Tensor | None = None, seed: 
     with the labels c (N,) given, exceeds its quantile over 10,000 samples of the prior.
     """
     if isinstance(model.prior, StandardNormal):
-        from scipy.special import gammaincinv  # the quantile of chi^2; scipy.stats takes 0.7 s to import
+        from scipy.special import gammaincinv  # the quantile of chi^2; scipy.stats is slow to import
 
         radius = math.sqrt(2 * gammaincinv(codes.shape[1] / 2, PRIOR_MASS))
         return Quantity.over_images((np.linalg.norm(codes, axis=1) > radius).astype(float))

@@ -173,7 +173,7 @@ def encoder(model: VAE, about: Mapping[str, str] | None = None, like: Like | Non
         model: a trained model; it is left as it is.
         about: facts for the file's metadata.
         like: the same graph of a model that differs in its weights alone, and that model: then only weights are exchanged,
-            which takes 0.1 s instead of 2.
+            which takes 0.04 s instead of 1.8 to 2.9.
 
     Raises:
         NoGraph: a part that ONNX cannot carry, or a graph that disagrees with torch.
