@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vaelab.distributions import LOG_2PI, Distribution, full_precision, sum_event
 from vaelab.errors import UsageError
@@ -95,10 +94,9 @@ class _BernoulliLogProb(torch.autograd.Function):
         return log_p
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (residual,) = ctx.saved_tensors
-        return None if residual is None else residual * grads.unsqueeze(-1), None, None
+        return None if residual is None else residual * grads[0].unsqueeze(-1), None, None
 
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:

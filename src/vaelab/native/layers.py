@@ -65,7 +65,8 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (dy,) = grads
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # of a gradient a gradient will be asked: as torch computes it
             rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])

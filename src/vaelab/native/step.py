@@ -9,6 +9,7 @@ the chain is written down once (`fused`), and each pass runs it. Any other compo
 import ctypes
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ def fused(model: VAE, objective: Objective, batch: int, k: int) -> "Fused | None
         batch: images at most.
         k: samples of the posterior for each image.
     """
+    parts: Any = model
     composed = (
         type(model.posterior) is Gaussian
         and type(model.prior) is StandardNormal
@@ -66,11 +68,11 @@ def fused(model: VAE, objective: Objective, batch: int, k: int) -> "Fused | None
         and type(objective) is ELBO
         and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
     )
-    if not composed or library() is None:
+    if not composed or not isinstance(objective, ELBO) or library() is None:
         return None
     try:
-        encoder = [*_chain(model.encoder), *_chain(model.posterior.head)]
-        decoder = _chain(model.likelihood.decoder, model.latent_dim)
+        encoder = [*_chain(parts.encoder), *_chain(parts.posterior.head)]
+        decoder = _chain(parts.likelihood.decoder, model.latent_dim)
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
         own = [o.dw for o in (*encoder, *decoder) if o.dw] + [o.db for o in (*encoder, *decoder) if o.db]
         if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
@@ -153,7 +155,7 @@ def _blocks(operation: _Operation) -> int:
     return -(-operation.outputs // 32) * 3 if operation.kind in (LINEAR, EXACT) else 0
 
 
-def _chain(module: nn.Module, width: int = 0) -> list[_Operation]:
+def _chain(module: Any, width: int = 0) -> list[_Operation]:
     """The operations of a module on rows of `width` numbers, 0 where that is not known yet. Raises _Unknown."""
     kind = type(module)
     if kind is nn.Sequential:
