@@ -39,18 +39,7 @@ static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out)
 
 /* Rows of x (m, k) as columns of B, K = up(k): the 16 rows from 16 p, which make panel p. */
 static inline void as_columns(const float *x, long m, long k, long p, bf16 *out) {
-    out += p * up(k) * HALF;
-    for (long j = 0; j < up(k); j += 32) {
-        __m512i r[16];
-        for (long i = 0; i < 16; i++) {
-            const float *row = x + (p * 16 + i) * k + j;
-            int inside = p * 16 + i < m;
-            r[i] = narrow(_mm512_maskz_loadu_ps(inside ? first16(k - j) : 0, row),
-                          _mm512_maskz_loadu_ps(inside ? first16(k - j - 16) : 0, row + 16));
-        }
-        transpose(r);
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + j * HALF + i * 32, r[i]);
-    }
+    panel(x + p * HALF * k, m - p * HALF, k, out + p * up(k) * HALF);
 }
 
 /* x (depth, n) as B itself, K = up(depth): the panels from `begin` to `end`, row after row. */
@@ -64,19 +53,6 @@ static inline void as_panels(const float *x, long depth, long n, long begin, lon
             __m512 b = _mm512_maskz_loadu_ps(i + 1 < depth ? inside : 0, row + n);
             _mm512_storeu_si512(out + p * k * HALF + i * HALF, pairs(a, b));
         }
-}
-
-/* c (m, n) = or += the block of sums that begins at row i, column j. */
-static inline void put(const float *sums, int add, long m, long n, long i, long j, float *c) {
-    for (int h = 0; h < 2; h++) {
-        __mmask16 inside = first16(n - j - h * HALF);
-        float *to = c + i * n + j + h * HALF;
-        for (long r = 0; r < least(SIDE, m - i); r++, to += n) {
-            __m512 sum = _mm512_load_ps(sums + r * SIDE + h * HALF);
-            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to));
-            _mm512_mask_storeu_ps(to, inside, sum);
-        }
-    }
 }
 
 /* c (m, n) = the block of sums (columns by rows) that begins at row i, column j of c, plus bias (n) or null. */

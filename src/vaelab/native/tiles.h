@@ -64,6 +64,33 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
+/* The first 16 rows of x (rows, k), zeros where there are fewer, as the columns of a panel of B, K = up(k). */
+static inline void panel(const float *x, long rows, long k, bf16 *out) {
+    for (long j = 0; j < up(k); j += 32) {
+        __m512i r[16];
+        for (long i = 0; i < 16; i++) {
+            const float *row = x + i * k + j;
+            r[i] = narrow(_mm512_maskz_loadu_ps(i < rows ? first16(k - j) : 0, row),
+                          _mm512_maskz_loadu_ps(i < rows ? first16(k - j - 16) : 0, row + 16));
+        }
+        transpose(r);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + j * HALF + i * 32, r[i]);
+    }
+}
+
+/* c (m, n) = or += the block of sums that begins at row i, column j. */
+static inline void put(const float *sums, int add, long m, long n, long i, long j, float *c) {
+    for (int h = 0; h < 2; h++) {
+        __mmask16 inside = first16(n - j - h * HALF);
+        float *to = c + i * n + j + h * HALF;
+        for (long r = 0; r < least(SIDE, m - i); r++, to += n) {
+            __m512 sum = _mm512_load_ps(sums + r * SIDE + h * HALF);
+            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to));
+            _mm512_mask_storeu_ps(to, inside, sum);
+        }
+    }
+}
+
 #ifdef __AMX_BF16__
 
 /* Each thread says in which shape it uses its tiles: all have 16 rows of 64 bytes. In static memory, since gcc does not
