@@ -198,6 +198,9 @@ static inline long run(const Shape *s) {
     return wanted < 1 ? 1 : least(wanted, s->images);
 }
 
+/* Of a row of A, not a power of two, whose rows would all fall into the same few lines of a cache. */
+static inline long row_length(const Shape *s) { return run(s) * up(s->p * s->q) + SIDE; }
+
 static inline long room_weights(const Shape *s, const Windows *v) {
     return s->images * (padded(v) + up(s->n) * up(s->p * s->q)) + 2 * groups(s, v) * depth(v) * up(s->n) + up(count(v)) * 2;
 }
@@ -227,7 +230,7 @@ static inline void gather_rows(const Windows *v, const bf16 *image, const int *a
 void convolution_weights(const float *x, const float *y, float *dw, const Shape *s, bf16 *scratch, int threads) {
     Windows v = windows_down(s);
     long k = depth(&v), n = up(s->n), positions = up(s->p * s->q), all = s->images * positions, taps = v.taps_h * v.taps_w;
-    long parts = groups(s, &v), length = run(s) * positions;
+    long parts = groups(s, &v), length = row_length(s);
     bf16 *images = scratch, *results = images + s->images * padded(&v);
     float *partial = (float *)(results + n * all);
     int *at = (int *)(partial + parts * k * n);
@@ -294,6 +297,6 @@ void convolution_bias(const float *x, float *db, long images, long channels, lon
 void convolution_room(const Shape *s, long *room, int threads) {
     Windows down = windows_down(s), upwards = windows_up(s);
     long a = room_shared(&down) + threads * room_own(&down), b = room_shared(&upwards) + threads * room_own(&upwards);
-    long c = room_weights(s, &down) + threads * SIDE * run(s) * up(s->p * s->q);
+    long c = room_weights(s, &down) + threads * SIDE * row_length(s);
     *room = a > b ? a > c ? a : c : b > c ? b : c;
 }
