@@ -11,9 +11,10 @@
    numbers of one cell (Shi et al. 2016, arXiv 1609.07009): its features are the c numbers of each place in the cell, and each
    number of x is written once.
 
-   Everything is read from an image in bfloat16 with its zeros around it, 16 windows at a time: a processor's gather of 32 bits
-   brings two neighbours of a row, which is the pair that the products read. So windows have an even width, the last column with
-   weight zero where it is not the kernel's. */
+   The products read pairs of numbers, of 16 windows at a time. So an image becomes planes of pairs, one for each channel, two
+   columns of a window, and row modulo the step: in it the pairs of all windows follow each other, and so they do one row of
+   the window further, a line later. Windows have an even width, the last column with weight zero where it is not the
+   kernel's. */
 
 #include "tiles.h"
 
@@ -46,79 +47,108 @@ static inline Windows windows_up(const Shape *s) {
 
 static inline long padded_height(const Windows *v) { return (v->down - 1) * v->step_h + v->taps_h; }
 static inline long padded_width(const Windows *v) { return (v->across - 1) * v->step_w + v->taps_w; }
-static inline long padded(const Windows *v) { return up(v->channels * padded_height(v) * padded_width(v)); }
 static inline long depth(const Windows *v) { return up(v->channels * v->taps_h * v->taps_w); }
 static inline long count(const Windows *v) { return v->down * v->across; }
 static inline long results(const Windows *v) { return up(v->features * v->cell_h * v->cell_w); }
 
-/* An image in bfloat16 among its zeros, which are there already. */
-static void pad(const Windows *v, const float *x, bf16 *out) {
-    long height = padded_height(v), width = padded_width(v);
-    long rows = least(v->height, height - v->top), columns = least(v->width, width - v->left);
-    for (long c = 0; c < v->channels; c++)
-        for (long i = 0; i < rows; i++) {
-            const float *row = x + (c * v->height + i) * v->width;
-            bf16 *to = out + (c * height + v->top + i) * width + v->left;
-            for (long j = 0; j < columns; j += 16) {
-                __mmask16 inside = first16(columns - j);
-                __m256i both = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, row + j));
-                _mm256_mask_storeu_epi16(to + j, inside, both);
-            }
+/* Pairs in a plane, and in a channel's planes. */
+static inline long plane(const Windows *v) { return (padded_height(v) + v->step_h - 1) / v->step_h * v->across; }
+static inline long planes(const Windows *v) { return plane(v) * v->step_h * (v->taps_w / 2); }
+
+/* Numbers of scratch, in bfloat16: a channel among its zeros, the pairs of n channels and what is read after their end. */
+static inline long room_padded(const Windows *v) { return up(padded_height(v) * padded_width(v) + 2 * SIDE); }
+static inline long room_pairs(const Windows *v, long n) { return up(2 * (n * planes(v) + SIDE)); }
+
+/* A channel of an image in bfloat16, among zeros that are there already. */
+static inline void pad(const Windows *v, const float *x, bf16 *out) {
+    long width = padded_width(v), rows = least(v->height, padded_height(v) - v->top);
+    long columns = least(v->width, width - v->left);
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j += 16) {
+            __mmask16 inside = first16(columns - j);
+            __m256i row = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, x + i * v->width + j));
+            _mm256_mask_storeu_epi16(out + (v->top + i) * width + v->left + j, inside, row);
         }
 }
 
-/* Where each window begins in a padded channel, 0 for those that fill up to 32. */
-static void begins(const Windows *v, int *at) {
-    long width = padded_width(v);
-    for (long t = 0; t < up(count(v)); t++)
-        at[t] = t < count(v) ? (int)(t / v->across * v->step_h * width + t % v->across * v->step_w) : 0;
-}
-
-/* 16 windows as a panel of B. */
-static inline void gather(const Windows *v, const bf16 *image, const int *at, bf16 *out) {
-    long height = padded_height(v), width = padded_width(v);
-    __m512i index = _mm512_loadu_si512(at);
-    bf16 *end = out + depth(v) * HALF;
-    for (long c = 0; c < v->channels; c++)
-        for (long i = 0; i < v->taps_h; i++)
-            for (long j = 0; j < v->taps_w; j += 2, out += 32)
-                _mm512_storeu_si512(out, _mm512_i32gather_epi32(index, image + (c * height + i) * width + j, 2));
-    for (; out < end; out += 32) _mm512_storeu_si512(out, _mm512_setzero_si512());
-}
-
-/* The 32 results from r of the windows from t, into an image. */
-static inline void write(const Windows *v, const float *sums, const float *bias, long r, long t, const int *cells, float *to) {
-    long all = v->features * v->cell_h * v->cell_w;
-    int straight = v->cell_h == 1 && v->cell_w == 1 && v->across == v->columns && v->down == v->rows;
-    for (int half = 0; half < 2 && t + half * HALF < count(v); half++) {
-        long first = t + half * HALF;
-        __mmask16 inside = first16(count(v) - first);
-        __m512i row = _mm512_loadu_si512(cells + 2 * first), column = _mm512_loadu_si512(cells + 2 * first + HALF);
-        for (long k = r; k < least(r + SIDE, all); k++) {
-            long feature = k % v->features, place = k / v->features;
-            __m512 sum = _mm512_load_ps(sums + (k - r) * SIDE + half * HALF);
-            float *plane = to + feature * v->rows * v->columns;
-            if (bias) sum = _mm512_add_ps(sum, _mm512_set1_ps(bias[feature]));
-            if (straight) {
-                _mm512_mask_storeu_ps(plane + first, inside, sum);
-                continue;
+/* The planes of n channels. */
+static void as_pairs(const Windows *v, const float *x, long n, bf16 *padded, int *out) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i neighbours = _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001)),
+                                                _mm512_set1_epi32(0x10000)); /* (0, 1), (1, 2), (2, 3) ... */
+    const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)v->step_w));
+    for (long c = 0; c < n; c++, x += v->height * v->width) {
+        pad(v, x, padded);
+        for (long half = 0; half < v->taps_w / 2; half++, out += plane(v) * v->step_h)
+            for (long i = 0; i < padded_height(v); i++) {
+                const bf16 *from = padded + i * padded_width(v) + 2 * half;
+                int *to = out + i % v->step_h * plane(v) + i / v->step_h * v->across;
+                for (long j = 0; j < v->across; j += 16, from += 16 * v->step_w) {
+                    __mmask16 inside = first16(v->across - j);
+                    __m512i both;
+                    if (v->step_w == 1)
+                        both = _mm512_permutexvar_epi16(neighbours, _mm512_loadu_si512(from));
+                    else if (v->step_w == 2)
+                        both = _mm512_loadu_si512(from);
+                    else
+                        both = _mm512_mask_i32gather_epi32(index, inside, index, from, 2);
+                    _mm512_mask_storeu_epi32(to + j, inside, both);
+                }
             }
-            __m512i i = _mm512_add_epi32(row, _mm512_set1_epi32((int)(place / v->cell_w)));
-            __m512i j = _mm512_add_epi32(column, _mm512_set1_epi32((int)(place % v->cell_w)));
-            __mmask16 there = _mm512_mask_cmplt_epu32_mask(inside, i, _mm512_set1_epi32((int)v->rows));
-            there = _mm512_mask_cmplt_epu32_mask(there, j, _mm512_set1_epi32((int)v->columns));
-            __m512i index = _mm512_add_epi32(_mm512_mullo_epi32(i, _mm512_set1_epi32((int)v->columns)), j);
-            _mm512_mask_i32scatter_ps(plane, there, index, sum, 4);
-        }
     }
 }
 
-/* The row and column of each window's cell in what is written: 16 rows, 16 columns, 16 rows ... */
-static void places(const Windows *v, int *cells) {
-    for (long t = 0; t < up(count(v)); t++) {
-        int *to = cells + t / HALF * 2 * HALF + t % HALF;
-        to[0] = (int)(t / v->across * v->cell_h - v->off_top);
-        to[HALF] = (int)(t % v->across * v->cell_w - v->off_left);
+/* Where in the pairs the first window's are, for each two of its numbers. */
+static void begins(const Windows *v, int *at) {
+    for (long c = 0; c < v->channels; c++)
+        for (long i = 0; i < v->taps_h; i++)
+            for (long half = 0; half < v->taps_w / 2; half++)
+                *at++ = (int)(c * planes(v) + (half * v->step_h + i % v->step_h) * plane(v) + i / v->step_h * v->across);
+}
+
+/* 16 windows from t as a panel of B. */
+static inline void gather(const Windows *v, const int *from, const int *at, long t, bf16 *out) {
+    long n = v->channels * v->taps_h * v->taps_w / 2, k = depth(v) / 2;
+    for (long i = 0; i < n; i++) _mm512_storeu_si512(out + i * 32, _mm512_loadu_si512(from + at[i] + t));
+    for (long i = n; i < k; i++) _mm512_storeu_si512(out + i * 32, _mm512_setzero_si512());
+}
+
+/* An image from its results, which lie by rows of up(count) windows. */
+static void finish(const Windows *v, const float *sums, const float *bias, float *to) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)v->cell_w));
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    long length = up(count(v)), next = v->features * length;
+    int straight = v->cell_h == 1 && v->cell_w == 1 && v->across == v->columns && v->down == v->rows;
+    for (long f = 0; f < v->features; f++, to += v->rows * v->columns) {
+        __m512 start = _mm512_set1_ps(bias ? bias[f] : 0.0f);
+        for (long t = 0; straight && t < count(v); t += 16)
+            _mm512_mask_storeu_ps(to + t, first16(count(v) - t), _mm512_add_ps(start, _mm512_load_ps(sums + f * length + t)));
+        for (long i = 0; !straight && i < v->rows; i++) {
+            const float *from = sums + ((i + v->off_top) % v->cell_h * v->cell_w * v->features + f) * length +
+                                (i + v->off_top) / v->cell_h * v->across;
+            for (long j = 0; j < v->across; j += 16) {
+                long column = j * v->cell_w - v->off_left;
+                if (v->cell_w == 2) {
+                    __m512 a = _mm512_add_ps(start, _mm512_maskz_loadu_ps(first16(v->across - j), from + j));
+                    __m512 b = _mm512_add_ps(start, _mm512_maskz_loadu_ps(first16(v->across - j), from + next + j));
+                    for (int half = 0; half < 2; half++, column += 16) {
+                        __mmask16 inside = first16(v->columns - column) & ~first16(-column);
+                        _mm512_mask_storeu_ps(to + i * v->columns + column, inside,
+                                              _mm512_permutex2var_ps(a, half ? high : low, b));
+                    }
+                    continue;
+                }
+                for (long place = 0; place < v->cell_w; place++, column++) {
+                    __m512i there = _mm512_add_epi32(index, _mm512_set1_epi32((int)column));
+                    __mmask16 inside = _mm512_mask_cmplt_epu32_mask(first16(v->across - j), there,
+                                                                    _mm512_set1_epi32((int)v->columns));
+                    __m512 sum = _mm512_maskz_loadu_ps(first16(v->across - j), from + place * next + j);
+                    _mm512_mask_i32scatter_ps(to + i * v->columns, inside, there, _mm512_add_ps(start, sum), 4);
+                }
+            }
+        }
     }
 }
 
@@ -140,40 +170,43 @@ static void weights_of(const Shape *s, const Windows *v, int upwards, const floa
 }
 
 /* Numbers of scratch, in bfloat16: what threads share, and what each has. */
-static inline long room_shared(const Windows *v) { return results(v) * depth(v) + 6 * up(count(v)); }
-static inline long room_own(const Windows *v) { return padded(v) + SIDE * depth(v); }
+static inline long room_shared(const Windows *v) { return (results(v) + 1) * depth(v); }
+static inline long room_own(const Windows *v) {
+    return room_padded(v) + room_pairs(v, v->channels) + SIDE * depth(v) + 2 * results(v) * up(count(v));
+}
 
 static void convolve(const Shape *s, const Windows *v, int upwards, const float *x, const float *w, const float *b, float *y,
                      bf16 *scratch, int threads) {
     bf16 *kernels = scratch;
-    int *at = (int *)(kernels + results(v) * depth(v)), *cells = at + up(count(v));
-    long k = depth(v), own = room_own(v);
+    int *at = (int *)(kernels + results(v) * depth(v));
+    long k = depth(v), length = up(count(v));
     begins(v, at);
-    places(v, cells);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long part = 0; part < threads; part++) {
-        float *row = (float *)(scratch + room_shared(v) + part * own);
-        for (long r = part; r < results(v); r += threads) weights_of(s, v, upwards, w, r, row, kernels + r * k);
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long part = 0; part < threads; part++) {
-        float sums[SIDE * SIDE] __attribute__((aligned(64)));
-        bf16 *image = scratch + room_shared(v) + part * own, *left = image + padded(v), *right = left + HALF * k;
-        memset(image, 0, (size_t)padded(v) * sizeof(bf16));
-        begin_tiles();
-        for (long m = s->images * part / threads; m < s->images * (part + 1) / threads; m++) {
-            pad(v, x + m * v->channels * v->height * v->width, image);
-            float *to = y + m * v->features * v->rows * v->columns;
-            for (long t = 0; t < count(v); t += SIDE) {
-                gather(v, image, at + t, left);
-                if (t + HALF < count(v)) gather(v, image, at + t + HALF, right);
-                for (long r = 0; r < results(v); r += SIDE) {
-                    block(kernels + r * k, k, left, t + HALF < count(v) ? right : left, k, sums);
-                    write(v, sums, b, r, t, cells, to);
-                }
-            }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long part = 0; part < threads; part++) {
+            float *row = (float *)(scratch + room_shared(v) + part * room_own(v));
+            for (long r = part; r < results(v); r += threads) weights_of(s, v, upwards, w, r, row, kernels + r * k);
         }
-        end_tiles();
+#pragma omp for schedule(static)
+        for (long part = 0; part < threads; part++) {
+            bf16 *padded = scratch + room_shared(v) + part * room_own(v), *own = padded + room_padded(v);
+            bf16 *left = own + room_pairs(v, v->channels), *right = left + HALF * k;
+            float *sums = (float *)(right + HALF * k);
+            memset(padded, 0, (size_t)room_padded(v) * sizeof(bf16));
+            begin_tiles();
+            for (long m = s->images * part / threads; m < s->images * (part + 1) / threads; m++) {
+                as_pairs(v, x + m * v->channels * v->height * v->width, v->channels, padded, (int *)own);
+                for (long t = 0; t < count(v); t += SIDE) {
+                    gather(v, (int *)own, at, t, left);
+                    gather(v, (int *)own, at, t + HALF, right);
+                    for (long r = 0; r < results(v); r += SIDE)
+                        block(kernels + r * k, k, left, right, k, sums + r * length + t, length);
+                }
+                finish(v, sums, b, y + m * v->features * v->rows * v->columns);
+            }
+            end_tiles();
+        }
     }
 }
 
@@ -202,28 +235,27 @@ static inline long run(const Shape *s) {
 static inline long row_length(const Shape *s) { return run(s) * up(s->p * s->q) + SIDE; }
 
 static inline long room_weights(const Shape *s, const Windows *v) {
-    return s->images * (padded(v) + up(s->n) * up(s->p * s->q)) + 2 * groups(s, v) * depth(v) * up(s->n) + up(count(v)) * 2;
+    return s->images * up(s->n) * up(s->p * s->q) + 2 * groups(s, v) * depth(v) * up(s->n) + depth(v);
+}
+/* Channels that 32 rows of A read. */
+static inline long most(const Windows *v) { return least(v->channels, (SIDE - 2) / (v->taps_h * v->taps_w) + 2); }
+static inline long room_task(const Shape *s, const Windows *v) {
+    return room_padded(v) + room_pairs(v, most(v)) + SIDE * row_length(s);
 }
 
-/* 32 rows of A from row k: numbers of the windows, of an image's windows one after the other. */
-static inline void gather_rows(const Windows *v, const bf16 *image, const int *at, long k, bf16 *out, long stride) {
+/* 32 rows of A, or as many as there are: numbers of the windows, of an image's windows one after the other. */
+static inline void gather_rows(const Windows *v, const int *planes_of, const int *at, long rows, bf16 *out, long stride) {
     const __m512i low = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
                                          20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(1)), zero = _mm512_setzero_si512();
-    long height = padded_height(v), width = padded_width(v), taps = v->taps_h * v->taps_w;
-    for (long r = k; r < k + SIDE; r += 2, out += 2 * stride) {
-        long c = r / taps, i = r % taps / v->taps_w, j = r % v->taps_w;
-        const bf16 *from = image + (c * height + i) * width + j;
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(1));
+    for (long r = 0; r < SIDE; r += 2, out += 2 * stride)
         for (long t = 0; t < count(v); t += SIDE) {
-            __m512i a = zero, b = zero;
-            if (c < v->channels) {
-                a = _mm512_mask_i32gather_epi32(zero, first16(count(v) - t), _mm512_loadu_si512(at + t), from, 2);
-                b = _mm512_mask_i32gather_epi32(zero, first16(count(v) - t - HALF), _mm512_loadu_si512(at + t + HALF), from, 2);
-            }
+            long n = r < rows ? count(v) - t : 0;
+            const int *from = planes_of + (n ? at[r / 2] + t : 0);
+            __m512i a = _mm512_maskz_loadu_epi32(first16(n), from), b = _mm512_maskz_loadu_epi32(first16(n - HALF), from + HALF);
             _mm512_storeu_si512(out + t, _mm512_permutex2var_epi16(a, low, b));
             _mm512_storeu_si512(out + stride + t, _mm512_permutex2var_epi16(a, high, b));
         }
-    }
 }
 
 /* dw += the sum over images and positions of y x. */
@@ -231,51 +263,55 @@ void convolution_weights(const float *x, const float *y, float *dw, const Shape 
     Windows v = windows_down(s);
     long k = depth(&v), n = up(s->n), positions = up(s->p * s->q), all = s->images * positions, taps = v.taps_h * v.taps_w;
     long parts = groups(s, &v), length = row_length(s);
-    bf16 *images = scratch, *results = images + s->images * padded(&v);
-    float *partial = (float *)(results + n * all);
+    bf16 *down = scratch;
+    float *partial = (float *)(down + n * all);
     int *at = (int *)(partial + parts * k * n);
-    bf16 *own = scratch + room_weights(s, &v);
     begins(&v, at);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long m = 0; m < s->images; m++) {
-        memset(images + m * padded(&v), 0, (size_t)padded(&v) * sizeof(bf16));
-        pad(&v, x + m * s->c * s->h * s->w, images + m * padded(&v));
-        for (long j = 0; j < n; j += HALF)
-            panel(y + (m * s->n + j) * s->p * s->q, s->n - j, s->p * s->q, results + j * all + m * positions * HALF);
-    }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long part = 0; part < threads; part++) {
-        float sums[SIDE * SIDE] __attribute__((aligned(64)));
-        bf16 *rows = own + part * SIDE * length;
-        begin_tiles();
-        for (long task = part; task < parts * k / SIDE; task += threads) {
-            long group = task % parts, first = task / parts * SIDE;
-            float *to = partial + (group * k + first) * n;
-            memset(to, 0, (size_t)(SIDE * n) * sizeof(float));
-            long end = s->images * (group + 1) / parts;
-            for (long m = s->images * group / parts; m < end; m += run(s)) {
-                long here = least(run(s), end - m);
-                for (long i = 0; i < here; i++)
-                    gather_rows(&v, images + (m + i) * padded(&v), at, first, rows + i * positions, length);
-                for (long j = 0; j < n; j += SIDE) {
-                    const bf16 *left = results + j * all + m * positions * HALF;
-                    block(rows, length, left, left + HALF * all, here * positions, sums);
-                    put(sums, 1, SIDE, n, 0, j, to);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long m = 0; m < s->images; m++)
+            for (long j = 0; j < n; j += HALF)
+                panel(y + (m * s->n + j) * s->p * s->q, s->n - j, s->p * s->q, down + j * all + m * positions * HALF);
+#pragma omp for schedule(static)
+        for (long part = 0; part < threads; part++) {
+            float sums[SIDE * SIDE] __attribute__((aligned(64)));
+            bf16 *padded = scratch + room_weights(s, &v) + part * room_task(s, &v), *own = padded + room_padded(&v);
+            bf16 *rows = own + room_pairs(&v, most(&v));
+            memset(padded, 0, (size_t)room_padded(&v) * sizeof(bf16));
+            begin_tiles();
+            for (long task = part; task < parts * k / SIDE; task += threads) {
+                long group = task % parts, first = task / parts * SIDE, here = least(SIDE, v.channels * taps - first);
+                long c = first / taps, channels = (first + here - 1) / taps + 1 - c;
+                float *to = partial + (group * k + first) * n;
+                memset(to, 0, (size_t)(SIDE * n) * sizeof(float));
+                long end = s->images * (group + 1) / parts;
+                for (long m = s->images * group / parts; m < end; m += run(s)) {
+                    long several = least(run(s), end - m);
+                    for (long i = 0; i < several; i++) {
+                        as_pairs(&v, x + ((m + i) * s->c + c) * s->h * s->w, channels, padded, (int *)own);
+                        gather_rows(&v, (int *)own - c * planes(&v), at + first / 2, here, rows + i * positions, length);
+                    }
+                    for (long j = 0; j < n; j += SIDE) {
+                        const bf16 *left = down + j * all + m * positions * HALF;
+                        block(rows, length, left, left + HALF * all, several * positions, sums, SIDE);
+                        put(sums, 1, SIDE, n, 0, j, to);
+                    }
                 }
             }
+            end_tiles();
         }
-        end_tiles();
+#pragma omp for schedule(static)
+        for (long f = 0; f < s->n; f++)
+            for (long c = 0; c < s->c; c++)
+                for (long i = 0; i < s->kh; i++)
+                    for (long j = 0; j < s->kw; j++) {
+                        const float *from = partial + (c * taps + i * v.taps_w + j) * n + f;
+                        float sum = 0;
+                        for (long g = 0; g < parts; g++) sum += from[g * k * n];
+                        dw[((f * s->c + c) * s->kh + i) * s->kw + j] += sum;
+                    }
     }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long f = 0; f < s->n; f++)
-        for (long c = 0; c < s->c; c++)
-            for (long i = 0; i < s->kh; i++)
-                for (long j = 0; j < s->kw; j++) {
-                    const float *from = partial + (c * taps + i * v.taps_w + j) * n + f;
-                    float sum = 0;
-                    for (long g = 0; g < parts; g++) sum += from[g * k * n];
-                    dw[((f * s->c + c) * s->kh + i) * s->kw + j] += sum;
-                }
 }
 
 /* db += the sums of images (images, channels, size) over images and positions. */
@@ -297,6 +333,6 @@ void convolution_bias(const float *x, float *db, long images, long channels, lon
 void convolution_room(const Shape *s, long *room, int threads) {
     Windows down = windows_down(s), upwards = windows_up(s);
     long a = room_shared(&down) + threads * room_own(&down), b = room_shared(&upwards) + threads * room_own(&upwards);
-    long c = room_weights(s, &down) + threads * SIDE * row_length(s);
+    long c = room_weights(s, &down) + threads * room_task(s, &down);
     *room = a > b ? a > c ? a : c : b > c ? b : c;
 }

@@ -92,7 +92,7 @@ void linear_forward(const float *x, const float *w, const float *b, float *y, lo
         for (long t = 0; t < blocks; t++) {
             for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows);
             for (long i = 0; i < m; i += SIDE) {
-                block(rows + t * SIDE * depth, depth, columns + i * depth, columns + (i + HALF) * depth, depth, sums);
+                block(rows + t * SIDE * depth, depth, columns + i * depth, columns + (i + HALF) * depth, depth, sums, SIDE);
                 put_transposed(sums, b, m, n, i, t * SIDE, y);
             }
         }
@@ -120,7 +120,7 @@ void linear_backward(const float *x, const float *w, const float *dy, float *dw,
                 expect(dw, n, k, t * SIDE, 0);
                 for (long j = 0; j < columns * SIDE; j += SIDE) {
                     if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
-                    block(down + t * SIDE * up(m), up(m), inputs + j * up(m), inputs + (j + HALF) * up(m), up(m), sums);
+                    block(down + t * SIDE * up(m), up(m), inputs + j * up(m), inputs + (j + HALF) * up(m), up(m), sums, SIDE);
                     put(sums, 1, n, k, t * SIDE, j, dw);
                 }
             }
@@ -143,7 +143,7 @@ void linear_backward(const float *x, const float *w, const float *dy, float *dw,
 #pragma omp for schedule(static)
             for (long j = 0; j < columns * SIDE; j += SIDE)
                 for (long i = 0; i < m; i += SIDE) {
-                    block(across + i * up(n), up(n), weights + j * up(n), weights + (j + HALF) * up(n), up(n), sums);
+                    block(across + i * up(n), up(n), weights + j * up(n), weights + (j + HALF) * up(n), up(n), sums, SIDE);
                     put(sums, 0, m, k, i, j, dx);
                 }
         }

@@ -1,6 +1,6 @@
 /* Products of bfloat16 matrices with float32 sums: the one loop that everything here is built on.
 
-   C (32 x 32, float32) = A (32 x K) B (K x 32), K a multiple of 32.
+   C (32 x 32, float32, rows `width` apart) = A (32 x K) B (K x 32), K a multiple of 32.
 
    A lies by rows, K after K. B lies in panels of 16 columns: K/2 rows of 16 pairs (b[k][n], b[k+1][n]), which is the order
    in which the processor's dot products of pairs read it. Whatever is shorter than its multiple of 32 is filled with zeros.
@@ -108,7 +108,8 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Nor does gcc know what the loads and stores of tiles read and write. */
 #define SETTLE __asm__ volatile("" ::: "memory")
 
-static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float *c,
+                         long width) {
     SETTLE;
     _tile_zero(0);
     _tile_zero(1);
@@ -124,10 +125,10 @@ static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, SIDE * 4);
-    _tile_stored(1, c + 16, SIDE * 4);
-    _tile_stored(2, c + 16 * SIDE, SIDE * 4);
-    _tile_stored(3, c + 16 * SIDE + 16, SIDE * 4);
+    _tile_stored(0, c, width * 4);
+    _tile_stored(1, c + 16, width * 4);
+    _tile_stored(2, c + 16 * width, width * 4);
+    _tile_stored(3, c + 16 * width + 16, width * 4);
     SETTLE;
 }
 
@@ -136,7 +137,8 @@ static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *
 static inline void begin_tiles(void) {}
 static inline void end_tiles(void) {}
 
-static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float *c,
+                         long width) {
     for (int m = 0; m < SIDE; m += 8) {
         __m512 sum[8][2];
         for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -151,7 +153,7 @@ static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *
             }
         }
         for (int r = 0; r < 8; r++)
-            for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (m + r) * SIDE + h * HALF, sum[r][h]);
+            for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (m + r) * width + h * HALF, sum[r][h]);
     }
 }
 
