@@ -55,47 +55,47 @@ static inline long results(const Windows *v) { return up(v->features * v->cell_h
 static inline long plane(const Windows *v) { return (padded_height(v) + v->step_h - 1) / v->step_h * v->across; }
 static inline long planes(const Windows *v) { return plane(v) * v->step_h * (v->taps_w / 2); }
 
-/* Numbers of scratch, in bfloat16: a channel among its zeros, the pairs of n channels and what is read after their end. */
-static inline long room_padded(const Windows *v) { return up(padded_height(v) * padded_width(v) + 2 * SIDE); }
+/* Numbers of scratch, in bfloat16: n channels among their zeros, and their pairs, each with what is read after their end. */
+static inline long room_padded(const Windows *v, long n) { return up(n * padded_height(v) * padded_width(v) + 2 * SIDE); }
 static inline long room_pairs(const Windows *v, long n) { return up(2 * (n * planes(v) + SIDE)); }
 
-/* A channel of an image in bfloat16, among zeros that are there already. */
-static inline void pad(const Windows *v, const float *x, bf16 *out) {
-    long width = padded_width(v), rows = least(v->height, padded_height(v) - v->top);
+/* An image's first n channels in bfloat16, among zeros that are there already. */
+static inline void pad(const Windows *v, const float *x, long n, bf16 *out) {
+    long height = padded_height(v), width = padded_width(v), rows = least(v->height, height - v->top);
     long columns = least(v->width, width - v->left);
-    for (long i = 0; i < rows; i++)
-        for (long j = 0; j < columns; j += 16) {
-            __mmask16 inside = first16(columns - j);
-            __m256i row = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, x + i * v->width + j));
-            _mm256_mask_storeu_epi16(out + (v->top + i) * width + v->left + j, inside, row);
-        }
+    out += v->top * width + v->left;
+    for (long c = 0; c < n; c++, x += v->height * v->width, out += height * width)
+        for (long i = 0; i < rows; i++)
+            for (long j = 0; j < columns; j += 16) {
+                __mmask16 inside = first16(columns - j);
+                __m256i row = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, x + i * v->width + j));
+                _mm256_mask_storeu_epi16(out + i * width + j, inside, row);
+            }
 }
 
 /* The planes of n channels. */
-static void as_pairs(const Windows *v, const float *x, long n, bf16 *padded, int *out) {
+static void as_pairs(const Windows *v, const float *x, long n, bf16 *padded, int *to) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i neighbours = _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001)),
                                                 _mm512_set1_epi32(0x10000)); /* (0, 1), (1, 2), (2, 3) ... */
     const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)v->step_w));
-    for (long c = 0; c < n; c++, x += v->height * v->width) {
-        pad(v, x, padded);
-        for (long half = 0; half < v->taps_w / 2; half++, out += plane(v) * v->step_h)
-            for (long i = 0; i < padded_height(v); i++) {
-                const bf16 *from = padded + i * padded_width(v) + 2 * half;
-                int *to = out + i % v->step_h * plane(v) + i / v->step_h * v->across;
-                for (long j = 0; j < v->across; j += 16, from += 16 * v->step_w) {
-                    __mmask16 inside = first16(v->across - j);
-                    __m512i both;
-                    if (v->step_w == 1)
-                        both = _mm512_permutexvar_epi16(neighbours, _mm512_loadu_si512(from));
-                    else if (v->step_w == 2)
-                        both = _mm512_loadu_si512(from);
-                    else
-                        both = _mm512_mask_i32gather_epi32(index, inside, index, from, 2);
-                    _mm512_mask_storeu_epi32(to + j, inside, both);
+    long height = padded_height(v), width = padded_width(v), across = v->across, step = v->step_w;
+    pad(v, x, n, padded);
+    for (long c = 0; c < n; c++, padded += height * width)
+        for (long half = 0; half < v->taps_w / 2; half++)
+            for (long phase = 0; phase < v->step_h; phase++, to += plane(v)) {
+                int *line = to;
+                for (long i = phase; i < height; i += v->step_h, line += across) {
+                    const bf16 *from = padded + i * width + 2 * half;
+                    for (long j = 0; j < across; j += 16, from += 16 * step) {
+                        __mmask16 inside = first16(across - j);
+                        __m512i both = step == 1   ? _mm512_permutexvar_epi16(neighbours, _mm512_loadu_si512(from))
+                                       : step == 2 ? _mm512_loadu_si512(from)
+                                                   : _mm512_mask_i32gather_epi32(index, inside, index, from, 2);
+                        _mm512_mask_storeu_epi32(line + j, inside, both);
+                    }
                 }
             }
-    }
 }
 
 /* Where in the pairs the first window's are, for each two of its numbers. */
@@ -125,9 +125,10 @@ static void finish(const Windows *v, const float *sums, const float *bias, float
         __m512 start = _mm512_set1_ps(bias ? bias[f] : 0.0f);
         for (long t = 0; straight && t < count(v); t += 16)
             _mm512_mask_storeu_ps(to + t, first16(count(v) - t), _mm512_add_ps(start, _mm512_load_ps(sums + f * length + t)));
+        long place_h = v->off_top % v->cell_h, line = v->off_top / v->cell_h;
         for (long i = 0; !straight && i < v->rows; i++) {
-            const float *from = sums + ((i + v->off_top) % v->cell_h * v->cell_w * v->features + f) * length +
-                                (i + v->off_top) / v->cell_h * v->across;
+            const float *from = sums + (place_h * v->cell_w * v->features + f) * length + line * v->across;
+            if (++place_h == v->cell_h) place_h = 0, line++;
             for (long j = 0; j < v->across; j += 16) {
                 long column = j * v->cell_w - v->off_left;
                 if (v->cell_w == 2) {
@@ -172,7 +173,7 @@ static void weights_of(const Shape *s, const Windows *v, int upwards, const floa
 /* Numbers of scratch, in bfloat16: what threads share, and what each has. */
 static inline long room_shared(const Windows *v) { return (results(v) + 1) * depth(v); }
 static inline long room_own(const Windows *v) {
-    return room_padded(v) + room_pairs(v, v->channels) + SIDE * depth(v) + 2 * results(v) * up(count(v));
+    return room_padded(v, v->channels) + room_pairs(v, v->channels) + SIDE * depth(v) + 2 * results(v) * up(count(v));
 }
 
 static void convolve(const Shape *s, const Windows *v, int upwards, const float *x, const float *w, const float *b, float *y,
@@ -190,10 +191,10 @@ static void convolve(const Shape *s, const Windows *v, int upwards, const float 
         }
 #pragma omp for schedule(static)
         for (long part = 0; part < threads; part++) {
-            bf16 *padded = scratch + room_shared(v) + part * room_own(v), *own = padded + room_padded(v);
+            bf16 *padded = scratch + room_shared(v) + part * room_own(v), *own = padded + room_padded(v, v->channels);
             bf16 *left = own + room_pairs(v, v->channels), *right = left + HALF * k;
             float *sums = (float *)(right + HALF * k);
-            memset(padded, 0, (size_t)room_padded(v) * sizeof(bf16));
+            memset(padded, 0, (size_t)room_padded(v, v->channels) * sizeof(bf16));
             begin_tiles();
             for (long m = s->images * part / threads; m < s->images * (part + 1) / threads; m++) {
                 as_pairs(v, x + m * v->channels * v->height * v->width, v->channels, padded, (int *)own);
@@ -240,7 +241,7 @@ static inline long room_weights(const Shape *s, const Windows *v) {
 /* Channels that 32 rows of A read. */
 static inline long most(const Windows *v) { return least(v->channels, (SIDE - 2) / (v->taps_h * v->taps_w) + 2); }
 static inline long room_task(const Shape *s, const Windows *v) {
-    return room_padded(v) + room_pairs(v, most(v)) + SIDE * row_length(s);
+    return room_padded(v, most(v)) + room_pairs(v, most(v)) + SIDE * row_length(s);
 }
 
 /* 32 rows of A, or as many as there are: numbers of the windows, of an image's windows one after the other. */
@@ -276,9 +277,9 @@ void convolution_weights(const float *x, const float *y, float *dw, const Shape 
 #pragma omp for schedule(static)
         for (long part = 0; part < threads; part++) {
             float sums[SIDE * SIDE] __attribute__((aligned(64)));
-            bf16 *padded = scratch + room_weights(s, &v) + part * room_task(s, &v), *own = padded + room_padded(&v);
+            bf16 *padded = scratch + room_weights(s, &v) + part * room_task(s, &v), *own = padded + room_padded(&v, most(&v));
             bf16 *rows = own + room_pairs(&v, most(&v));
-            memset(padded, 0, (size_t)room_padded(&v) * sizeof(bf16));
+            memset(padded, 0, (size_t)room_padded(&v, most(&v)) * sizeof(bf16));
             begin_tiles();
             for (long task = part; task < parts * k / SIDE; task += threads) {
                 long group = task % parts, first = task / parts * SIDE, here = least(SIDE, v.channels * taps - first);
