@@ -73,6 +73,37 @@ static inline void pad(const Windows *v, const float *x, long n, bf16 *out) {
             }
 }
 
+/* The planes of n channels of images whose rows fit a register: no padded copy, and the lines of zeros are there already. */
+static inline int narrow_rows(const Windows *v) { return v->width <= SIDE && v->across <= HALF && v->taps_w <= HALF; }
+
+static void as_narrow_pairs(const Windows *v, const float *x, long n, int *to) {
+    __m512i from[HALF / 2];
+    __mmask32 there[HALF / 2];
+    for (long half = 0; half < v->taps_w / 2; half++) {
+        uint16_t columns[SIDE];
+        there[half] = 0;
+        for (long t = 0; t < SIDE; t++) {
+            long column = t / 2 * v->step_w + 2 * half + t % 2 - v->left;
+            columns[t] = (uint16_t)column;
+            there[half] |= (__mmask32)(column >= 0 && column < v->width) << t;
+        }
+        from[half] = _mm512_loadu_si512(columns);
+    }
+    __mmask16 low = first16(v->width), high = first16(v->width - HALF), inside = first16(v->across);
+    long rows = least(v->height, padded_height(v) - v->top), size = plane(v), half_size = size * v->step_h;
+    for (long c = 0; c < n; c++, x += v->height * v->width, to += planes(v)) {
+        long phase = v->top % v->step_h, line = v->top / v->step_h * v->across;
+        for (long i = 0; i < rows; i++) {
+            const float *row = x + i * v->width;
+            __m512i all = narrow(_mm512_maskz_loadu_ps(low, row), _mm512_maskz_loadu_ps(high, row + HALF));
+            int *pair = to + phase * size + line;
+            for (long half = 0; half < v->taps_w / 2; half++, pair += half_size)
+                _mm512_mask_storeu_epi32(pair, inside, _mm512_maskz_permutexvar_epi16(there[half], from[half], all));
+            if (++phase == v->step_h) phase = 0, line += v->across;
+        }
+    }
+}
+
 /* The planes of n channels. */
 static void as_pairs(const Windows *v, const float *x, long n, bf16 *padded, int *to) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -80,6 +111,10 @@ static void as_pairs(const Windows *v, const float *x, long n, bf16 *padded, int
                                                 _mm512_set1_epi32(0x10000)); /* (0, 1), (1, 2), (2, 3) ... */
     const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)v->step_w));
     long height = padded_height(v), width = padded_width(v), across = v->across, step = v->step_w;
+    if (narrow_rows(v)) {
+        as_narrow_pairs(v, x, n, to);
+        return;
+    }
     pad(v, x, n, padded);
     for (long c = 0; c < n; c++, padded += height * width)
         for (long half = 0; half < v->taps_w / 2; half++)
@@ -194,7 +229,7 @@ static void convolve(const Shape *s, const Windows *v, int upwards, const float 
             bf16 *padded = scratch + room_shared(v) + part * room_own(v), *own = padded + room_padded(v, v->channels);
             bf16 *left = own + room_pairs(v, v->channels), *right = left + HALF * k;
             float *sums = (float *)(right + HALF * k);
-            memset(padded, 0, (size_t)room_padded(v, v->channels) * sizeof(bf16));
+            memset(padded, 0, (size_t)(left - padded) * sizeof(bf16));
             begin_tiles();
             for (long m = s->images * part / threads; m < s->images * (part + 1) / threads; m++) {
                 as_pairs(v, x + m * v->channels * v->height * v->width, v->channels, padded, (int *)own);
@@ -279,7 +314,7 @@ void convolution_weights(const float *x, const float *y, float *dw, const Shape 
             float sums[SIDE * SIDE] __attribute__((aligned(64)));
             bf16 *padded = scratch + room_weights(s, &v) + part * room_task(s, &v), *own = padded + room_padded(&v, most(&v));
             bf16 *rows = own + room_pairs(&v, most(&v));
-            memset(padded, 0, (size_t)room_padded(&v, most(&v)) * sizeof(bf16));
+            memset(padded, 0, (size_t)(rows - padded) * sizeof(bf16));
             begin_tiles();
             for (long task = part; task < parts * k / SIDE; task += threads) {
                 long group = task % parts, first = task / parts * SIDE, here = least(SIDE, v.channels * taps - first);
