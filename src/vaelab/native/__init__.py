@@ -2,19 +2,23 @@
 
 A small network's step is bound by what surrounds its products: casts, copies, dozens of operations that each read and
 write everything once more. Here a linear layer reads float32 and writes float32, and is rounded to bfloat16 only on its way
-into the processor's tile registers (`tiles.h`); the sums over pixels are one pass (`pixels.c`), and so is Adam (`adam.c`).
+into the processor's tile registers (`tiles.h`); so does a convolution, whose windows become a matrix in the caches, a few
+images' pieces at a time; the sums over pixels are one pass (`pixels.c`), and so is Adam (`adam.c`).
 
 They are compiled at their first use, in about a second, where there is a C compiler and the processor multiplies bfloat16,
 and kept in the user's cache under a name that holds the checksum of the source and the processor's abilities. Where
 something is missing, everything runs in torch's kernels: `library()` is None, and `reason()` says why. VAELAB_KERNELS=torch
 asks for that.
 
-    tiles.h      the product of two matrices, block by block
-    linear.c     linear layers: forward, and the gradients of weights and input
-    pixels.c     log p(x) of Bernoulli pixels
-    adam.c       the optimiser's pass
-    build.py     compiling, keeping, loading
-    layers.py    the modules of a model that compute with them
+    tiles.h           the product of two matrices, block by block
+    linear.c          linear layers: forward, and the gradients of weights and input
+    convolution.c     convolutions and transposed ones: each is the other's gradient
+    pixels.c          log p(x) of Bernoulli pixels
+    adam.c            the optimiser's pass
+    build.py          compiling, keeping, loading
+    calls.py          what their calls share: scratch, and where gradients go
+    convolutions.py   convolutions as autograd sees them
+    layers.py         linear layers, and the modules of a model that compute with them
 """
 
 from vaelab.native.build import library, reason

@@ -280,15 +280,16 @@ static inline long room_task(const Shape *s, const Windows *v) {
 }
 
 /* 32 rows of A, or as many as there are: numbers of the windows, of an image's windows one after the other. */
-static inline void gather_rows(const Windows *v, const int *planes_of, const int *at, long rows, bf16 *out, long stride) {
+static inline void gather_rows(const Windows *v, const int *first, const int *at, long rows, bf16 *out, long stride) {
     const __m512i low = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22,
                                          20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(1));
     for (long r = 0; r < SIDE; r += 2, out += 2 * stride)
         for (long t = 0; t < count(v); t += SIDE) {
             long n = r < rows ? count(v) - t : 0;
-            const int *from = planes_of + (n ? at[r / 2] + t : 0);
-            __m512i a = _mm512_maskz_loadu_epi32(first16(n), from), b = _mm512_maskz_loadu_epi32(first16(n - HALF), from + HALF);
+            const int *from = first + (n ? at[r / 2] + t : 0);
+            __m512i a = _mm512_maskz_loadu_epi32(first16(n), from);
+            __m512i b = _mm512_maskz_loadu_epi32(first16(n - HALF), from + HALF);
             _mm512_storeu_si512(out + t, _mm512_permutex2var_epi16(a, low, b));
             _mm512_storeu_si512(out + stride + t, _mm512_permutex2var_epi16(a, high, b));
         }
