@@ -203,3 +203,12 @@ def test_what_is_empty_or_wrong_is_torchs(kernels):
         for wrong in (torch.zeros(1, 3, 5, 5), torch.zeros(1, 4, 2, 2), torch.zeros(5, 5)):
             with pytest.raises(RuntimeError):
                 layer(wrong)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, (7, 7), 3, 2, 1), (2, 3, 4, (7, 40), 3, 1, 1)], ids=str)
+def test_channels_do_not_touch_each_others_weights(kernels, shape):
+    layer, x = make(*shape)
+    x[:, 1] = torch.nan
+    with layers.accelerated(layer):
+        layer(x).backward(torch.ones_like(layer(x)))
+    assert layer.weight.grad[:, [0, 2]].isfinite().all() and layer.weight.grad[:, 1].isnan().all()
