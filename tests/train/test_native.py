@@ -13,7 +13,8 @@ from vaelab.data.protocol import protocol
 from vaelab.likelihoods import GreyCrossEntropy
 from vaelab.models.vae import VAE
 from vaelab.native import build, layers, library, reason
-from vaelab.native.layers import COARSE, FULL, accelerated
+from vaelab.native.calls import COARSE, FULL
+from vaelab.native.layers import accelerated
 from vaelab.native.step import fused
 from vaelab.nn.mlp import MLP
 from vaelab.objectives import ELBO, FreeBits
@@ -37,7 +38,7 @@ def kernels(request, monkeypatch):
     if request.param and "amx_bf16" not in build.abilities():
         pytest.skip("this processor has no tile registers")
     chosen = build.load(request.param)
-    for module in ("native.layers", "native.step", "pixels", "optim"):
+    for module in ("native.layers", "native.calls", "native.step", "pixels", "optim"):
         monkeypatch.setattr(f"vaelab.{module}.library", lambda: chosen)
     return chosen
 
@@ -215,6 +216,13 @@ def test_a_batch_of_images_is_what_the_protocol_makes_of_it(name):
     assert torch.equal(one, other)
 
 
+def test_a_black_pixel_is_never_lit(kernels):
+    data, index = torch.zeros(1, 40, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    noise, out = torch.full((40,), -(2**15), dtype=torch.int16), torch.full((40,), math.nan)
+    kernels.bits(data.data_ptr(), index.data_ptr(), noise.data_ptr(), out.data_ptr(), 1, 40, 1)
+    assert not out.any()
+
+
 RECIPES = {
     "grey": ("mnist", {}),
     "from the mean image": ("mnist-fast", {}),
@@ -322,7 +330,7 @@ def test_training_with_and_without_the_kernels_gives_the_same_curve(digits, smal
     curves = []
     for own in (True, False):
         if not own:
-            for module in ("native.layers", "native.step", "pixels", "optim"):
+            for module in ("native.layers", "native.calls", "native.step", "pixels", "optim"):
                 monkeypatch.setattr(f"vaelab.{module}.library", lambda: None)
         records = fit(
             initial_model(chosen), built(chosen.objective), digits, protocol(chosen.protocol), chosen.training

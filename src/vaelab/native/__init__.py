@@ -9,15 +9,19 @@ and kept in the user's cache under a name that holds the checksum of the source 
 something is missing, everything runs in torch's kernels: `library()` is None, and `reason()` says why. VAELAB_KERNELS=torch
 asks for that.
 
-    tiles.h      the product of two matrices, block by block
-    images.c     a batch of a data set's images
-    linear.c     linear layers: forward, and the gradients of weights and input
-    pixels.c     log p(x) of Bernoulli pixels
-    step.c       a whole pass of the most used composition, from those parts
-    adam.c       the optimiser's pass
-    build.py     compiling, keeping, loading
-    layers.py    the modules of a model that compute with them
-    step.py      which models are that composition
+    tiles.h           the product of two matrices, block by block
+    images.c          a batch of a data set's images
+    linear.c          linear layers: forward, and the gradients of weights and input
+    convolution.c     convolutions and transposed ones: each is the other's gradient
+    pixels.c          log p(x) of Bernoulli pixels
+    step.c            a whole pass of the most used composition, from those parts
+    adam.c            the optimiser's pass
+    build.py          compiling, keeping, loading
+    calls.py          what their calls share: scratch, and where gradients go
+    convolutions.py   convolutions as autograd sees them
+    layers.py         linear layers, and the modules of a model that compute with them
+    step.py           which models are that composition
+    pace.py           how many threads
 """
 
 from vaelab.native.build import library, reason

@@ -16,7 +16,7 @@ import torch
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
-SOURCES = ("images.c", "linear.c", "pixels.c", "step.c", "adam.c", "start.c")
+SOURCES = ("images.c", "linear.c", "convolution.c", "pixels.c", "step.c", "adam.c", "start.c")
 HEADERS = ("tiles.h", "functions.h", "linear.h", "pixels.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
@@ -28,6 +28,11 @@ _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_forward": (*[_pointer] * 4, *[_long] * 3, _int, _pointer, _int),
     "linear_backward": (*[_pointer] * 6, *[_long] * 3, _int, _pointer, _int),
+    "convolution_down": (*[_pointer] * 6, _int),
+    "convolution_up": (*[_pointer] * 6, _int),
+    "convolution_weights": (*[_pointer] * 5, _int),
+    "convolution_bias": (*[_pointer] * 2, *[_long] * 3, _int),
+    "convolution_room": (*[_pointer] * 2, _int),
     "grey": (*[_pointer] * 3, *[_long] * 2, _int),
     "bits": (*[_pointer] * 4, *[_long] * 2, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),

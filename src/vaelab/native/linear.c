@@ -42,25 +42,6 @@ static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out,
         }
 }
 
-/* The 16 rows of x (m, k) from 16 j as columns of B, K = up(k): its panel j. */
-static inline void as_columns(const float *x, long m, long k, long j, bf16 *out, int parts, long part) {
-    out += j * up(k) * HALF;
-    for (long l = 0; l < up(k); l += 32)
-        for (int p = 0; p < parts; p++) {
-            __m512i r[16];
-            for (long h = 0; h < 16; h++) {
-                const float *row = x + (j * 16 + h) * k + l;
-                int inside = j * 16 + h < m;
-                __m512 a = _mm512_maskz_loadu_ps(inside ? first16(k - l) : 0, row);
-                __m512 b = _mm512_maskz_loadu_ps(inside ? first16(k - l - 16) : 0, row + 16);
-                for (int q = 0; q < p; q++) a = rest(a), b = rest(b);
-                r[h] = narrow(a, b);
-            }
-            transpose(r);
-            for (int h = 0; h < 16; h++) _mm512_storeu_si512(out + p * part + l * HALF + h * 32, r[h]);
-        }
-}
-
 /* x (depth, n) as B itself, K = up(depth): the panels from `begin` to `end`, row after row. */
 static inline void as_panels(const float *x, long depth, long n, long begin, long end, bf16 *out, int parts, long part) {
     long k = up(depth);
@@ -75,22 +56,6 @@ static inline void as_panels(const float *x, long depth, long n, long begin, lon
                 if (p + 1 < parts) a = rest(a), b = rest(b);
             }
         }
-}
-
-/* c (m, n) = or += the block of sums that begins at row i, column j; gives the sum of the squares of what c holds then. */
-static inline double put(const float *sums, int add, long m, long n, long i, long j, float *c) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int h = 0; h < 2; h++) {
-        __mmask16 inside = first16(n - j - h * HALF);
-        float *to = c + i * n + j + h * HALF;
-        for (long r = 0; r < least(SIDE, m - i); r++, to += n) {
-            __m512 sum = _mm512_maskz_loadu_ps(inside, sums + r * SIDE + h * HALF);
-            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to));
-            squares = _mm512_fmadd_ps(sum, sum, squares);
-            _mm512_mask_storeu_ps(to, inside, sum);
-        }
-    }
-    return _mm512_reduce_add_ps(squares);
 }
 
 /* c (m, n) = the block of sums (columns by rows) that begins at row i, column j of c, plus bias (n) or null. */
@@ -124,12 +89,14 @@ static inline __attribute__((always_inline)) void forward_of(const float *x, con
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     begin_tiles();
 #pragma omp for schedule(static)
-    for (long j = 0; j < up(m) / HALF; j++) as_columns(x, m, k, j, columns, parts, other);
+    for (long j = 0; j < up(m) / HALF; j++) 
+        panel(x + j * HALF * k, m - j * HALF, k, columns + j * HALF * depth, parts, other);
 #pragma omp for schedule(static)
     for (long t = 0; t < blocks; t++) {
         for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows, parts, part);
         for (long i = 0; i < m; i += SIDE) {
-            block((Rows){rows + t * SIDE * depth, depth, part}, (Panels){columns + i * depth, other}, depth, parts, sums);
+            block((Rows){rows + t * SIDE * depth, depth, part}, (Panels){columns + i * depth, HALF * depth, other}, depth, parts,
+                  sums, SIDE);
             put_transposed(sums, b, m, n, i, t * SIDE, y);
         }
     }
@@ -156,7 +123,8 @@ static inline __attribute__((always_inline)) void backward_of(const float *x, co
             expect(dw, n, k, t * SIDE, 0);
             for (long j = 0; j < up(k); j += SIDE) {
                 if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
-                block((Rows){down + t * SIDE * up(m), up(m), mn}, (Panels){inputs + j * up(m), mk}, up(m), parts, sums);
+                block((Rows){down + t * SIDE * up(m), up(m), mn}, (Panels){inputs + j * up(m), HALF * up(m), mk}, up(m), parts,
+                      sums, SIDE);
                 total += put(sums, add, n, k, t * SIDE, j, dw);
             }
             if (squares) squares[t] = total;
@@ -181,7 +149,8 @@ static inline __attribute__((always_inline)) void backward_of(const float *x, co
 #pragma omp for schedule(static) nowait
         for (long j = 0; j < up(k); j += SIDE)
             for (long i = 0; i < m; i += SIDE) {
-                block((Rows){across + i * up(n), up(n), mn}, (Panels){weights + j * up(n), nk}, up(n), parts, sums);
+                block((Rows){across + i * up(n), up(n), mn}, (Panels){weights + j * up(n), HALF * up(n), nk}, up(n), parts, sums,
+                      SIDE);
                 put(sums, 0, m, k, i, j, dx);
             }
     }

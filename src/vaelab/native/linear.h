@@ -8,9 +8,6 @@
 
 #include "tiles.h"
 
-#define COARSE 1
-#define FULL 3
-
 /* y = x w' + b, b or null */
 void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, int parts,
                            bf16 *scratch);

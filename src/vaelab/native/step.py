@@ -18,7 +18,7 @@ from vaelab.likelihoods import Bernoulli, GreyCrossEntropy
 from vaelab.meter import Pass
 from vaelab.models.vae import VAE
 from vaelab.native.build import library
-from vaelab.native.layers import COARSE, FULL
+from vaelab.native.calls import COARSE, FULL
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
 from vaelab.objectives import ELBO, Objective

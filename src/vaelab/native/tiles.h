@@ -1,6 +1,6 @@
 /* Products of bfloat16 matrices with float32 sums: the one loop that everything here is built on.
 
-   C (32 x 32, float32) = A (32 x K) B (K x 32), K a multiple of 32.
+   C (32 x 32, float32, rows `width` apart) = A (32 x K) B (K x 32), K a multiple of 32.
 
    A lies by rows, K after K. B lies in panels of 16 columns: K/2 rows of 16 pairs (b[k][n], b[k+1][n]), which is the order
    in which the processor's dot products of pairs read it. Whatever is shorter than its multiple of 32 is filled with zeros.
@@ -24,6 +24,8 @@ typedef uint16_t bf16;
 
 #define SIDE 32 /* of a block of C */
 #define HALF 16 /* float32 numbers in a register; columns of a panel */
+#define COARSE 1 /* parts of a number: bfloat16 products */
+#define FULL 3   /* what float32 gives */
 
 static inline long up(long n) { return (n + SIDE - 1) / SIDE * SIDE; }
 static inline long least(long a, long b) { return a < b ? a : b; }
@@ -83,14 +85,47 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
-/* 32 rows of A, `row` numbers apart; a panel of B and the one after it. Each further part is `part` numbers on. */
+/* The first 16 rows of x (rows, k), zeros where there are fewer, as the columns of a panel of B, K = up(k). */
+static inline void panel(const float *x, long rows, long k, bf16 *out, int parts, long part) {
+    for (long j = 0; j < up(k); j += 32)
+        for (int p = 0; p < parts; p++) {
+            __m512i r[16];
+            for (long i = 0; i < 16; i++) {
+                const float *row = x + i * k + j;
+                __m512 a = _mm512_maskz_loadu_ps(i < rows ? first16(k - j) : 0, row);
+                __m512 b = _mm512_maskz_loadu_ps(i < rows ? first16(k - j - 16) : 0, row + 16);
+                for (int q = 0; q < p; q++) a = rest(a), b = rest(b);
+                r[i] = narrow(a, b);
+            }
+            transpose(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + p * part + j * HALF + i * 32, r[i]);
+        }
+}
+
+/* c (m, n) = or += the block of sums that begins at row i, column j; gives the sum of the squares of what c holds then. */
+static inline double put(const float *sums, int add, long m, long n, long i, long j, float *c) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int h = 0; h < 2; h++) {
+        __mmask16 inside = first16(n - j - h * HALF);
+        float *to = c + i * n + j + h * HALF;
+        for (long r = 0; r < least(SIDE, m - i); r++, to += n) {
+            __m512 sum = _mm512_maskz_loadu_ps(inside, sums + r * SIDE + h * HALF);
+            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to));
+            squares = _mm512_fmadd_ps(sum, sum, squares);
+            _mm512_mask_storeu_ps(to, inside, sum);
+        }
+    }
+    return _mm512_reduce_add_ps(squares);
+}
+
+/* 32 rows of A, `row` numbers apart; a panel of B and another `next` numbers on. Each further part is `part` numbers on. */
 typedef struct {
     const bf16 *first;
     long row, part;
 } Rows;
 typedef struct {
     const bf16 *first;
-    long part;
+    long next, part;
 } Panels;
 
 #ifdef __AMX_BF16__
@@ -110,7 +145,7 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Nor does gcc know what the loads and stores of tiles read and write. */
 #define SETTLE __asm__ volatile("" ::: "memory")
 
-static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SIDE]) {
+static inline void block(Rows a, Panels b, long k, int parts, float *c, long width) {
     SETTLE;
     _tile_zero(0);
     _tile_zero(1);
@@ -118,7 +153,7 @@ static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SID
     _tile_zero(3);
     for (int size = parts - 1; size >= 0; size--) /* the smallest products first */
         for (int p = 0; p <= size; p++) {
-            const bf16 *rows = a.first + p * a.part, *left = b.first + (size - p) * b.part, *right = left + k * HALF;
+            const bf16 *rows = a.first + p * a.part, *left = b.first + (size - p) * b.part, *right = left + b.next;
             for (long i = 0; i < k; i += 32) {
                 _tile_loadd(4, rows + i, a.row * 2);
                 _tile_loadd(5, rows + 16 * a.row + i, a.row * 2);
@@ -130,10 +165,10 @@ static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SID
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
-    _tile_stored(0, c, SIDE * 4);
-    _tile_stored(1, c + 16, SIDE * 4);
-    _tile_stored(2, c + 16 * SIDE, SIDE * 4);
-    _tile_stored(3, c + 16 * SIDE + 16, SIDE * 4);
+    _tile_stored(0, c, width * 4);
+    _tile_stored(1, c + 16, width * 4);
+    _tile_stored(2, c + 16 * width, width * 4);
+    _tile_stored(3, c + 16 * width + 16, width * 4);
     SETTLE;
 }
 
@@ -142,14 +177,14 @@ static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SID
 static inline void begin_tiles(void) {}
 static inline void end_tiles(void) {}
 
-static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SIDE]) {
+static inline void block(Rows a, Panels b, long k, int parts, float *c, long width) {
     for (int m = 0; m < SIDE; m += 8) {
         __m512 sum[8][2];
         for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (int size = parts - 1; size >= 0; size--)
             for (int p = 0; p <= size; p++) {
                 const bf16 *rows = a.first + p * a.part + m * a.row, *left = b.first + (size - p) * b.part;
-                const bf16 *right = left + k * HALF;
+                const bf16 *right = left + b.next;
                 for (long i = 0; i < k; i += 2) {
                     __m512bh l = (__m512bh)_mm512_loadu_si512(left + i * HALF);
                     __m512bh h = (__m512bh)_mm512_loadu_si512(right + i * HALF);
@@ -163,7 +198,7 @@ static inline void block(Rows a, Panels b, long k, int parts, float c[SIDE * SID
                 }
             }
         for (int r = 0; r < 8; r++)
-            for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (m + r) * SIDE + h * HALF, sum[r][h]);
+            for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (m + r) * width + h * HALF, sum[r][h]);
     }
 }
 

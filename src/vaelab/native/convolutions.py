@@ -1,0 +1,114 @@
+"""Convolutions and transposed convolutions, which are each other's gradients, with the kernels of `convolution.c`."""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from vaelab.native.calls import address, kernels, scratch, sink
+
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+
+
+def fits(layer: Convolution) -> bool:
+    """Whether the kernels know a layer's settings."""
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return plain and isinstance(layer.padding, tuple)
+
+
+def transposed(layer: nn.ConvTranspose2d, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    """What replaces the forward of a transposed convolution."""
+    geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    kernel, stride, padding, dilation = ([int(v) for v in values] for values in geometry)
+    more = layer._output_padding(x, output_size, stride, padding, kernel, 2, dilation)  # type: ignore[arg-type]
+    sides = [
+        (n - 1) * s - 2 * p + k + m for n, s, p, k, m in zip(x.shape[-2:], stride, padding, kernel, more, strict=True)
+    ]
+    # torch's own answers what is empty, and says what is wrong
+    if not _is_usual(layer, x, sides) or any(m >= s for m, s in zip(more, stride, strict=True)):
+        return nn.ConvTranspose2d.forward(layer, x, output_size)
+    return _run(layer, x, sides, tuple(more))
+
+
+def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What replaces the forward of a convolution."""
+    geometry = zip(x.shape[-2:], layer.stride, layer.padding, layer.kernel_size, strict=False)
+    sides = [(n + 2 * int(p) - k) // s + 1 for n, s, p, k in geometry]
+    return _run(layer, x, sides, (0, 0)) if _is_usual(layer, x, sides) else nn.Conv2d.forward(layer, x)
+
+
+def _is_usual(layer: Convolution, x: Tensor, sides: list[int]) -> bool:
+    return x.dim() in (3, 4) and x.numel() > 0 and x.shape[-3] == layer.in_channels and min(sides) > 0
+
+
+def _run(layer: Convolution, x: Tensor, sides: list[int], more: tuple[int, ...]) -> Tensor:
+    weight, back = layer.weight, isinstance(layer, nn.ConvTranspose2d)
+    images = 1 if x.dim() == 3 else x.shape[0]
+    small, large = (x.shape[-2:], sides) if back else (sides, x.shape[-2:])
+    shape = (images, weight.shape[1], *large, weight.shape[0], *small, *weight.shape[2:], *layer.stride, *layer.padding)
+    y = _Convolution.apply(x.unsqueeze(0) if x.dim() == 3 else x, weight, layer.bias, shape, more, back)
+    return y.squeeze(0) if x.dim() == 3 else y  # type: ignore[no-any-return]
+
+
+class _Convolution(torch.autograd.Function):
+    """x (images, channels, rows, columns), of the large images of `shape` or (back) the small ones, to the others."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], more: tuple[int, ...], back: bool
+    ) -> Tensor:
+        x = x.contiguous().float()
+        ctx.shape, ctx.more, ctx.back = shape, more, back
+        ctx.save_for_backward(x, weight, bias)
+        return _product(x, weight, bias, shape, upwards=back)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, bias = ctx.saved_tensors
+        shape, back, needed = ctx.shape, ctx.back, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # of a gradient a gradient will be asked: as torch computes it
+            stride, padding = shape[9:11], shape[11:]
+            found = torch.ops.aten.convolution_backward(
+                dy, x, weight, None if bias is None else bias.shape, stride, padding, (1, 1), back, ctx.more, 1, needed[:3]
+            )  # fmt: skip
+            return *found, None, None, None
+        dy = dy.contiguous()
+        dx = _product(dy, weight, None, shape, upwards=not back) if needed[0] else None
+        dw = db = None
+        threads = torch.get_num_threads()
+        if needed[1]:
+            into, dw = sink(weight)
+            large, small = (dy, x) if back else (x, dy)
+            room = scratch(_room(shape, threads))
+            kernels().convolution_weights(
+                large.data_ptr(), small.data_ptr(), into.data_ptr(), _longs(shape), room.data_ptr(), threads
+            )
+        if bias is not None and needed[2]:
+            into, db = sink(bias)
+            images, channels, rows, columns = dy.shape
+            kernels().convolution_bias(dy.data_ptr(), into.data_ptr(), images, channels, rows * columns, threads)
+        return dx, dw, db, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], upwards: bool) -> Tensor:
+    threads = torch.get_num_threads()
+    y = x.new_empty(shape[0], *(shape[1:4] if upwards else shape[4:7]))
+    call = kernels().convolution_up if upwards else kernels().convolution_down
+    room = scratch(_room(shape, threads))
+    call(x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), _longs(shape), room.data_ptr(), threads)
+    return y
+
+
+@cache
+def _longs(shape: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
+    """The `Shape` of convolution.c."""
+    return (ctypes.c_long * len(shape))(*shape)
+
+
+@cache
+def _room(shape: tuple[int, ...], threads: int) -> int:
+    found = ctypes.c_long()
+    kernels().convolution_room(_longs(shape), ctypes.byref(found), threads)
+    return found.value
