@@ -16,8 +16,8 @@ import torch
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
-SOURCES = ("linear.c", "pixels.c", "adam.c", "start.c")
-HEADERS = ("tiles.h", "functions.h")
+SOURCES = ("linear.c", "pixels.c", "scoring.c", "adam.c", "start.c")
+HEADERS = ("tiles.h", "rows.h", "functions.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
 COMPILERS = ("cc", "gcc", "clang")
@@ -29,6 +29,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_forward": (*[_pointer] * 4, *[_long] * 3, _pointer, _int),
     "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
+    "pack_rows": (*[_pointer] * 2, *[_long] * 2),
+    "score_codes": (*[_pointer] * 5, *[_long] * 3, _pointer, _int),
     "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int),
     "squares": (*[_pointer] * 2, _long, _int),
 }
@@ -120,7 +122,7 @@ def _compile(flags: Sequence[str], sources: Path, to: Path) -> None:
             if done.returncode:
                 said = (done.stderr.strip() or "no message").splitlines()
                 raise _Unavailable(f"the C compiler does not take vaelab's own ({said[0][:200]})")
-        os.replace(f"{folder}/made.so", to)
+        Path(folder, "made.so").replace(to)
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -9,18 +9,7 @@
    each step. So w is read row after row, as the processor expects; what is converted stays with the thread that needs it; and
    dw is asked for one block ahead. */
 
-#include "tiles.h"
-
-/* Rows of x (m, k) as rows of A: out (up(m), up(k)). Row i. */
-static inline void as_row(const float *x, long m, long k, long i, bf16 *out) {
-    for (long j = 0; j < up(k); j += 32) {
-        __m512i both = _mm512_setzero_si512();
-        if (i < m)
-            both = narrow(_mm512_maskz_loadu_ps(first16(k - j), x + i * k + j),
-                          _mm512_maskz_loadu_ps(first16(k - j - 16), x + i * k + j + 16));
-        _mm512_storeu_si512(out + i * up(k) + j, both);
-    }
-}
+#include "rows.h"
 
 /* Columns of x (m, n) as rows of A: out (up(n), up(m)). The 16 columns from 16 j. */
 static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out) {
@@ -34,22 +23,6 @@ static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out)
         }
         transpose(r);
         for (long p = 0; p < 16; p++) _mm512_storeu_si512(out + (16 * j + p) * up(m) + i, r[p]);
-    }
-}
-
-/* Rows of x (m, k) as columns of B, K = up(k): the 16 rows from 16 p, which make panel p. */
-static inline void as_columns(const float *x, long m, long k, long p, bf16 *out) {
-    out += p * up(k) * HALF;
-    for (long j = 0; j < up(k); j += 32) {
-        __m512i r[16];
-        for (long i = 0; i < 16; i++) {
-            const float *row = x + (p * 16 + i) * k + j;
-            int inside = p * 16 + i < m;
-            r[i] = narrow(_mm512_maskz_loadu_ps(inside ? first16(k - j) : 0, row),
-                          _mm512_maskz_loadu_ps(inside ? first16(k - j - 16) : 0, row + 16));
-        }
-        transpose(r);
-        for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + j * HALF + i * 32, r[i]);
     }
 }
 
