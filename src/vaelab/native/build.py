@@ -16,7 +16,7 @@ import torch
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
-SOURCES = ("linear.c", "pixels.c", "scoring.c", "adam.c", "start.c")
+SOURCES = ("linear.c", "pixels.c", "scoring.c", "shares.c", "adam.c", "start.c")
 HEADERS = ("tiles.h", "rows.h", "functions.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
@@ -31,6 +31,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
     "pack_rows": (*[_pointer] * 2, *[_long] * 2),
     "score_codes": (*[_pointer] * 5, *[_long] * 3, _pointer, _int),
+    "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
+    "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
     "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int),
     "squares": (*[_pointer] * 2, _long, _int),
 }

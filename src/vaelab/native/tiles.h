@@ -5,6 +5,9 @@
    A lies by rows, K after K. B lies in panels of 16 columns: K/2 rows of 16 pairs (b[k][n], b[k+1][n]), which is the order
    in which the processor's dot products of pairs read it. Whatever is shorter than its multiple of 32 is filled with zeros.
 
+   `blocks` adds up several products with the same B: a float32 matrix is the sum of three of bfloat16 numbers (`rows.h`), and
+   where B holds numbers of eight bits, such as pixels that are 0 or 1, their three products are the float32 one.
+
    Two forms of the same sums: with the tile registers (AMX: 8 tiles of 16 rows of 64 bytes, 16 x 16 x 32 products an
    instruction; Intel's architecture instruction set extensions, chapter 3), and with AVX-512's dot product of pairs. */
 
@@ -81,22 +84,24 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Nor does gcc know what the loads and stores of tiles read and write. */
 #define SETTLE __asm__ volatile("" ::: "memory")
 
-static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+static inline void blocks(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, long parts,
+                          float c[SIDE * SIDE]) {
     SETTLE;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long i = 0; i < k; i += 32) {
-        _tile_loadd(4, a + i, row * 2);
-        _tile_loadd(5, a + 16 * row + i, row * 2);
-        _tile_loadd(6, left + i * HALF, 64);
-        _tile_loadd(7, right + i * HALF, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
+    for (const bf16 *end = a + parts * k; a < end; a += k)
+        for (long i = 0; i < k; i += 32) {
+            _tile_loadd(4, a + i, row * 2);
+            _tile_loadd(5, a + 16 * row + i, row * 2);
+            _tile_loadd(6, left + i * HALF, 64);
+            _tile_loadd(7, right + i * HALF, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
     _tile_stored(0, c, SIDE * 4);
     _tile_stored(1, c + 16, SIDE * 4);
     _tile_stored(2, c + 16 * SIDE, SIDE * 4);
@@ -109,24 +114,31 @@ static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *
 static inline void begin_tiles(void) {}
 static inline void end_tiles(void) {}
 
-static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+static inline void blocks(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, long parts,
+                          float c[SIDE * SIDE]) {
     for (int m = 0; m < SIDE; m += 8) {
         __m512 sum[8][2];
         for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-        for (long i = 0; i < k; i += 2) {
-            __m512bh l = (__m512bh)_mm512_loadu_si512(left + i * HALF), h = (__m512bh)_mm512_loadu_si512(right + i * HALF);
-            for (int r = 0; r < 8; r++) {
-                int both;
-                memcpy(&both, a + (m + r) * row + i, 4);
-                __m512bh one = (__m512bh)_mm512_set1_epi32(both);
-                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], one, l);
-                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], one, h);
+        for (const bf16 *part = a + m * row, *end = part + parts * k; part < end; part += k)
+            for (long i = 0; i < k; i += 2) {
+                __m512bh l = (__m512bh)_mm512_loadu_si512(left + i * HALF), h = (__m512bh)_mm512_loadu_si512(right + i * HALF);
+                for (int r = 0; r < 8; r++) {
+                    int both;
+                    memcpy(&both, part + r * row + i, 4);
+                    __m512bh one = (__m512bh)_mm512_set1_epi32(both);
+                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], one, l);
+                    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], one, h);
+                }
             }
-        }
         for (int r = 0; r < 8; r++)
             for (int h = 0; h < 2; h++) _mm512_storeu_ps(c + (m + r) * SIDE + h * HALF, sum[r][h]);
     }
 }
 
 #endif
+
+static inline void block(const bf16 *a, long row, const bf16 *left, const bf16 *right, long k, float c[SIDE * SIDE]) {
+    blocks(a, row, left, right, k, 1, c);
+}
+
 #endif
