@@ -49,7 +49,7 @@ def test_a_score_is_the_sum_over_pixels_in_float64(kernels, codes, width, pixels
     last = nn.Linear(width, pixels)
     last.weight.mul_(10)
     constant = torch.linspace(-30, 30, pixels)
-    score = Scorer(likelihoods.Bernoulli(nn.Identity()), last, constant)
+    score = Scorer(likelihoods.Bernoulli(nn.Identity()), [last], constant)
     z, x = 4 * torch.randn(1, codes, width), torch.rand(1, 1, 1, pixels)
     logits = rounded(z[0]) @ rounded(last.weight).T + (last.bias + constant).double()
     expected = (x.flatten() * logits - torch.nn.functional.softplus(logits, threshold=40)).sum(1)
@@ -67,7 +67,8 @@ def test_threads_are_of_no_matter(kernels):
 
 DECODERS = {
     "dense": lambda: MLP((3,), (20, 9), SHAPE, "tanh"),
-    "sines": lambda: FourierMLP((3,), (20,), SHAPE),
+    "deep": lambda: MLP((3,), (20, 65, 9), SHAPE, "relu"),
+    "sines": lambda: FourierMLP((3,), (20, 70, 33), SHAPE),
     "around a mean": lambda: AroundMean(FourierMLP((3,), (20,), SHAPE), SHAPE),
     "labelled": lambda: WithLabel(MLP((3 + 4,), (20,), SHAPE), 4),
     "linear": lambda: MLP((3,), (), SHAPE, exact_input=False),

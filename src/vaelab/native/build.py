@@ -30,7 +30,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
     "pack_rows": (*[_pointer] * 2, *[_long] * 2),
-    "score_codes": (*[_pointer] * 5, *[_long] * 3, _pointer, _int),
+    "score_codes": (*[_pointer] * 4, _long, *[_pointer] * 3, _long, _pointer, _int),
     "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
     "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
     "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int),

@@ -1,5 +1,6 @@
-/* Many codes against one image of Bernoulli pixels: a decoder's last linear layer, and log p(x) of what it says, which is
-   never stored. The rows of a block of sums are pixels and its columns codes, so that each lane adds up a code of its own.
+/* Many codes against one image of Bernoulli pixels: a decoder's last linear layers, and log p(x) of what they say, which is
+   never stored. The rows of a block of sums are a layer's outputs and its columns codes: two rows are a row of pairs of the
+   next layer's B, and at the end each lane adds up a code of its own. 32 codes go through all layers near the processor.
 
        log p(x) = sum x l - max(l, 0)  -  log of the product of 1 + e^-|l|
 
@@ -11,6 +12,29 @@
 /* w (n, k) as the rows of A that `score_codes` reads: (up(n), up(k)). */
 void pack_rows(const float *w, bf16 *rows, long n, long k) {
     for (long i = 0; i < up(n); i++) as_row(w, n, k, i, rows);
+}
+
+enum { RELU, SILU };
+
+static inline __m512 activated(__m512 l, int kind) {
+    const __m512 zero = _mm512_setzero_ps();
+    if (kind == RELU) return _mm512_max_ps(zero, l); /* l where it is not a number */
+    __m512 most = _mm512_set1_ps(80); /* l / (1 + e^-l), beyond it 0, where the reciprocal is that of a finite number */
+    __m512 below = _mm512_add_ps(_mm512_set1_ps(1), exp16(_mm512_min_ps(_mm512_sub_ps(zero, l), most)));
+    __m512 inverse = _mm512_rcp14_ps(below);
+    inverse = _mm512_mul_ps(inverse, _mm512_fnmadd_ps(below, inverse, _mm512_set1_ps(2)));
+    return _mm512_mul_ps(l, inverse);
+}
+
+/* 32 rows of sums from row j of a layer's outputs, for 32 codes, as rows of the next layer's B. */
+static inline void as_inputs(const float *sums, const float *bias, int kind, long depth, long j, bf16 *out) {
+    for (int h = 0; h < 2; h++)
+        for (int p = 0; p < SIDE; p += 2) {
+            const float *row = sums + p * SIDE + h * HALF;
+            __m512 a = activated(_mm512_add_ps(_mm512_load_ps(row), _mm512_set1_ps(bias[p])), kind);
+            __m512 b = activated(_mm512_add_ps(_mm512_load_ps(row + SIDE), _mm512_set1_ps(bias[p + 1])), kind);
+            _mm512_storeu_si512(out + h * HALF * depth + (j + p) * HALF, pairs(a, b));
+        }
 }
 
 typedef struct {
@@ -32,28 +56,44 @@ static inline void add_block(Codes *s, const float *sums, const float *bias, con
     s->product = _mm512_getmant_ps(product, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
 }
 
-/* Row i of hidden (m, k) is what the layer of packed rows (n, k) and bias (n) reads for code i; image (n), log_p (m).
-   Scratch: 32 up(k) bfloat16 numbers a thread. */
-void score_codes(const bf16 *rows, const float *bias, const float *image, const float *hidden, float *log_p, long m, long n,
-                 long k, bf16 *scratch, int threads) {
-    long depth = up(k);
+/* `layers` linear layers of widths[0] inputs and widths[l + 1] outputs, packed one after the other, their biases filled up to
+   multiples of 32; kinds[l]: the activation after each but the last. x (m, widths[0]) is what the first reads for each code;
+   image (widths[layers]), log_p (m). Scratch: 64 up(the largest width but the last) bfloat16 numbers a thread. */
+void score_codes(const bf16 *weights, const float *biases, const long *widths, const int *kinds, long layers,
+                 const float *image, const float *x, float *log_p, long m, bf16 *scratch, int threads) {
+    long most = 0, k = widths[0];
+    for (long l = 0; l < layers; l++) most = up(widths[l]) > most ? up(widths[l]) : most;
 #pragma omp parallel num_threads(threads)
     {
         float sums[SIDE * SIDE] __attribute__((aligned(64)));
         begin_tiles();
 #pragma omp for schedule(static)
         for (long t = 0; t < threads; t++) {
-            bf16 *columns = scratch + t * SIDE * depth;
+            bf16 *in = scratch + 2 * t * SIDE * most, *out = in + SIDE * most;
             long strip = up((m + threads - 1) / threads), end = least(m, (t + 1) * strip);
             for (long i = t * strip; i < end; i += SIDE) {
+                const bf16 *rows = weights;
+                const float *bias = biases;
+                for (int h = 0; h < 2; h++) as_columns(x + i * k, m - i, k, h, in);
+                for (long l = 0; l < layers - 1; l++) {
+                    long depth = up(widths[l]), n = up(widths[l + 1]);
+                    for (long j = 0; j < n; j += SIDE, rows += SIDE * depth, bias += SIDE) {
+                        block(rows, depth, in, in + HALF * depth, depth, sums);
+                        if (kinds[l] == RELU) as_inputs(sums, bias, RELU, n, j, out);
+                        else as_inputs(sums, bias, SILU, n, j, out);
+                    }
+                    bf16 *free = in;
+                    in = out;
+                    out = free;
+                }
                 Codes s[2];
                 for (int h = 0; h < 2; h++) {
-                    as_columns(hidden + i * k, m - i, k, h, columns);
                     s[h].linear = s[h].doublings = _mm512_setzero_ps();
                     s[h].product = _mm512_set1_ps(1.0f);
                 }
-                for (long j = 0; j < n; j += SIDE) {
-                    block(rows + j * depth, depth, columns, columns + HALF * depth, depth, sums);
+                long depth = up(widths[layers - 1]), n = widths[layers];
+                for (long j = 0; j < n; j += SIDE, rows += SIDE * depth) {
+                    block(rows, depth, in, in + HALF * depth, depth, sums);
                     for (int h = 0; h < 2; h++) add_block(s + h, sums + h * HALF, bias + j, image + j, least(SIDE, n - j));
                 }
                 for (int h = 0; h < 2; h++) {

@@ -1,9 +1,11 @@
-"""Decoding many codes to score one image of Bernoulli pixels: the decoder's last layer and log p(x|z) in one pass."""
+"""Decoding many codes to score one image of Bernoulli pixels: the decoder's last layers and log p(x|z) in one pass."""
 
 import copy
+from collections.abc import Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaelab.likelihoods import Bernoulli
@@ -11,59 +13,73 @@ from vaelab.native.build import library
 from vaelab.native.layers import _fits, _kernels, _scratch, _up
 from vaelab.nn import MLP, AroundMean, FourierMLP, WithLabel
 
+ACTIVATIONS = (nn.ReLU, nn.SiLU)
+"""Those between layers that the kernel computes, in the order of its numbers."""
+
 
 class Scorer:
     """log p(x|z) of one image for many codes, in bfloat16, without the logits: `Scorer.of` a likelihood.
 
-    Importance sampling decodes thousands of codes for each image. Its logits, stored and read again, would cost as much
-    as their products; the last layer's weights are packed once for all images.
+    Importance sampling decodes thousands of codes for each image. Stored and read again, its logits would cost as much as
+    their products, and so would a hidden layer's activations; the weights are packed once for all images.
     """
 
-    def __init__(self, likelihood: Bernoulli, last: nn.Linear, constant: Tensor) -> None:
-        self.likelihood, self.n, self.k = likelihood, *last.weight.shape
-        self.rows = torch.empty(_up(self.n) * _up(self.k), dtype=torch.bfloat16)
-        _kernels().pack_rows(last.weight.detach().contiguous().data_ptr(), self.rows.data_ptr(), self.n, self.k)
-        self.bias = (constant if last.bias is None else last.bias.detach() + constant).contiguous()
+    def __init__(self, before: Bernoulli, layers: Sequence[nn.Module], constant: Tensor) -> None:
+        """`before` says what the first of `layers` reads, and `constant` (P,) is added to what the last one says."""
+        self.before, linear = before, [layer for layer in layers if isinstance(layer, nn.Linear)]
+        self.widths = torch.tensor([linear[0].in_features, *(layer.out_features for layer in linear)])
+        kinds = [ACTIVATIONS.index(type(layer)) for layer in layers if not isinstance(layer, nn.Linear)]
+        self.kinds = torch.tensor(kinds, dtype=torch.int32)
+        packed, biases = [], []
+        for layer in linear:
+            n, k = layer.weight.shape
+            packed.append(torch.empty(_up(n) * _up(k), dtype=torch.bfloat16))
+            _kernels().pack_rows(layer.weight.data_ptr(), packed[-1].data_ptr(), n, k)
+            bias = layer.weight.new_zeros(n) if layer.bias is None else layer.bias.detach()
+            biases.append(F.pad(bias + constant if layer is linear[-1] else bias, (0, _up(n) - n)))
+        self.weights, self.biases = torch.cat(packed), torch.cat(biases)
+        self.room = 64 * max(_up(layer.in_features) for layer in linear)
 
     @classmethod
     def of(cls, likelihood: nn.Module) -> Self | None:
         """None where there are no kernels, or the decoder is none of the lab's dense ones in float32 on the CPU."""
-        if library() is None or type(likelihood) is not Bernoulli:
+        if library() is None or type(likelihood) is not Bernoulli or (found := _parted(likelihood.decoder)) is None:
             return None
-        found = _before_last(likelihood.decoder)
-        if found is None or not _fits(found[1]):
-            return None
-        without, last, constant = found
-        beheaded = copy.copy(likelihood)
-        beheaded._modules = {"decoder": without}
-        return cls(beheaded, last, constant)
+        decoder, layers, constant = found
+        before = copy.copy(likelihood)
+        before._modules = {"decoder": decoder}
+        return cls(before, layers, constant) if all(map(_fits, layers)) else None
 
     def __call__(self, z: Tensor, c: Tensor | None, image: Tensor) -> Tensor:
         """Codes z (1, G, D), labels c (G,) of a conditional model, one image (1, *X): (G,)."""
-        hidden = self.likelihood.parameters_at(z, c)[0].float().contiguous()
-        image, m, threads = image.float().contiguous(), len(hidden), torch.get_num_threads()
-        log_p = hidden.new_empty(m)
+        x, image = self.before.parameters_at(z, c)[0].float().contiguous(), image.float().contiguous()
+        log_p, threads = x.new_empty(len(x)), torch.get_num_threads()
         _kernels().score_codes(
-            self.rows.data_ptr(), self.bias.data_ptr(), image.data_ptr(), hidden.data_ptr(), log_p.data_ptr(),
-            m, self.n, self.k, _scratch(32 * _up(self.k) * threads).data_ptr(), threads,
+            self.weights.data_ptr(), self.biases.data_ptr(), self.widths.data_ptr(), self.kinds.data_ptr(),
+            len(self.widths) - 1, image.data_ptr(), x.data_ptr(), log_p.data_ptr(), len(x),
+            _scratch(self.room * threads).data_ptr(), threads,
         )  # fmt: skip
         return log_p
 
 
-def _before_last(network: nn.Module) -> tuple[nn.Module, nn.Linear, Tensor] | None:
-    """A dense decoder without its last layer, which shares the other ones; that layer; what is added after it, (P,)."""
+def _parted(network: nn.Module) -> tuple[nn.Module, Sequence[nn.Module], Tensor] | None:
+    """A dense decoder without the last layers that the kernel computes; those; what is added after them, (P,)."""
     if type(network) is MLP:
-        *before, last = network.layers
-        if network.out_activation or type(last) is not nn.Linear:
+        layers = list(network.layers)
+        if network.out_activation or type(layers[-1]) is not nn.Linear:
             return None
+        start = len(layers) - 1
+        while start >= 2 and type(layers[start - 1]) in ACTIVATIONS and type(layers[start - 2]) is nn.Linear:
+            start -= 2
         short = copy.copy(network)
-        short._modules, short.out_shape = {"layers": nn.Sequential(*before)}, (last.in_features,)
-        return short, last, last.weight.new_zeros(last.out_features)
-    if type(network) not in (WithLabel, FourierMLP, AroundMean) or (found := _before_last(network.network)) is None:
+        short._modules = {"layers": nn.Sequential(*layers[:start])}
+        short.out_shape = (layers[start].in_features,)
+        return short, layers[start:], layers[-1].weight.new_zeros(layers[-1].out_features)
+    if type(network) not in (WithLabel, FourierMLP, AroundMean) or (found := _parted(network.network)) is None:
         return None
-    without, last, constant = found
+    decoder, layers, constant = found
     if type(network) is AroundMean:
-        return without, last, constant + network.constant.flatten()
+        return decoder, layers, constant + network.constant.flatten()
     short = copy.copy(network)
-    short._modules = {"network": without}
-    return short, last, constant
+    short._modules = {"network": decoder}
+    return short, layers, constant

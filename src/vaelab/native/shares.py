@@ -38,9 +38,7 @@ class BinaryImages:
         sized = 32 % group == 0 or group % 32 == 0
         return type(px) is pixels.Bernoulli and px.logits.dtype == torch.float32 and sized
 
-    def shares(
-        self, px: pixels.Bernoulli, weight: Tensor, groups: int, images: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
+    def shares(self, px: pixels.Bernoulli, weight: Tensor, groups: int, images: np.ndarray) -> tuple[Tensor, Tensor]:
         """log sum e^(log p(x|z) + weight) over each group of codes, (groups, I), and the largest log p(x|z), (I,).
 
         Args:
