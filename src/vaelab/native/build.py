@@ -33,6 +33,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "score_codes": (*[_pointer] * 4, _long, *[_pointer] * 3, _long, _pointer, _int),
     "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
     "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
+    "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
     "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int),
     "squares": (*[_pointer] * 2, _long, _int),
 }

@@ -34,7 +34,7 @@ typedef struct {
 
 /* One column of 16 images: the sums of the codes of a group, which are written over. */
 static inline Group add_up(float *sums, const float *of_zeros, const float *weight, long group, __m512 *highest) {
-    __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps(), least_exponent = _mm512_set1_ps(-100);
+    __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (long r = 0; r < group; r++) {
         __m512 log_px = _mm512_add_ps(_mm512_load_ps(sums + r * SIDE), _mm512_set1_ps(of_zeros[r]));
         __m512 joint = _mm512_add_ps(log_px, _mm512_set1_ps(weight[r]));
@@ -42,12 +42,9 @@ static inline Group add_up(float *sums, const float *of_zeros, const float *weig
         top = _mm512_max_ps(top, joint);
         _mm512_store_ps(sums + r * SIDE, joint);
     }
-    __m512 reference = _mm512_max_ps(top, _mm512_set1_ps(-FLT_MAX)); /* minus infinity may be there, and is e^-100 then */
-    for (long r = 0; r < group; r++) {
-        __m512 exponent = _mm512_sub_ps(_mm512_load_ps(sums + r * SIDE), reference);
-        __mmask16 below = _mm512_cmp_ps_mask(exponent, least_exponent, _CMP_LT_OQ);
-        total = _mm512_add_ps(total, exp16(_mm512_mask_mov_ps(exponent, below, least_exponent)));
-    }
+    __m512 finite = _mm512_max_ps(top, _mm512_set1_ps(-FLT_MAX));
+    for (long r = 0; r < group; r++)
+        total = _mm512_add_ps(total, exp16_of_shares(_mm512_sub_ps(_mm512_load_ps(sums + r * SIDE), finite)));
     return (Group){top, total};
 }
 
@@ -87,5 +84,23 @@ void shares(const float *logits, const float *of_zeros, const float *weight, con
             }
         }
         end_tiles();
+    }
+}
+
+/* log of the sum of e^x over each row of x (rows, n): out (rows). */
+void log_sums(const float *x, float *out, long rows, long n, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < rows; i++) {
+        const float *row = x + i * n;
+        const __m512 none = _mm512_set1_ps(-INFINITY);
+        __m512 lanes = none, sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (long j = 0; j < n; j += 16) lanes = _mm512_max_ps(lanes, _mm512_mask_loadu_ps(none, first16(n - j), row + j));
+        float top = _mm512_reduce_max_ps(lanes);
+        __m512 finite = _mm512_set1_ps(top > -FLT_MAX ? top : -FLT_MAX);
+        for (long j = 0; j < n; j += 16) {
+            __m512 e = exp16_of_shares(_mm512_sub_ps(_mm512_maskz_loadu_ps(first16(n - j), row + j), finite));
+            sum[j / 16 % 2] = _mm512_mask_add_ps(sum[j / 16 % 2], first16(n - j), sum[j / 16 % 2], e);
+        }
+        out[i] = top + logf(_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])));
     }
 }

@@ -1,4 +1,4 @@
-"""The inner loop of quadrature over binary pixels: what groups of codes say of each image (`shares.c`)."""
+"""Sums of exponentials in one pass (`shares.c`): of rows, and of what groups of codes say of each binary image."""
 
 from typing import Self
 
@@ -10,6 +10,16 @@ from vaelab import pixels
 from vaelab.distributions import Distribution
 from vaelab.native.build import library
 from vaelab.native.layers import _kernels, _scratch, _up
+
+
+def log_sums(x: Tensor) -> Tensor:
+    """log of the sum of e^x over the last axis, as torch.logsumexp, which takes ten times as long for long rows."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel() or (kernels := library()) is None:
+        return x.logsumexp(-1)
+    x = x.contiguous()
+    out = x.new_empty(x.shape[:-1])
+    kernels.log_sums(x.data_ptr(), out.data_ptr(), out.numel(), x.shape[-1], torch.get_num_threads())
+    return out
 
 
 class BinaryImages:
