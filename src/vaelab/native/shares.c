@@ -44,7 +44,7 @@ static inline Group add_up(float *sums, const float *of_zeros, const float *weig
     }
     __m512 finite = _mm512_max_ps(top, _mm512_set1_ps(-FLT_MAX));
     for (long r = 0; r < group; r++)
-        total = _mm512_add_ps(total, exp16_of_shares(_mm512_sub_ps(_mm512_load_ps(sums + r * SIDE), finite)));
+        total = _mm512_add_ps(total, exp16(_mm512_sub_ps(_mm512_load_ps(sums + r * SIDE), finite)));
     return (Group){top, total};
 }
 
@@ -98,7 +98,7 @@ void log_sums(const float *x, float *out, long rows, long n, int threads) {
         float top = _mm512_reduce_max_ps(lanes);
         __m512 finite = _mm512_set1_ps(top > -FLT_MAX ? top : -FLT_MAX);
         for (long j = 0; j < n; j += 16) {
-            __m512 e = exp16_of_shares(_mm512_sub_ps(_mm512_maskz_loadu_ps(first16(n - j), row + j), finite));
+            __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(first16(n - j), row + j), finite));
             sum[j / 16 % 2] = _mm512_mask_add_ps(sum[j / 16 % 2], first16(n - j), sum[j / 16 % 2], e);
         }
         out[i] = top + logf(_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])));
