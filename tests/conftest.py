@@ -50,3 +50,25 @@ def _global_state_is_left_alone():
     yield
     assert torch.get_default_dtype() == dtype
     torch.set_rng_state(before)
+
+
+@pytest.fixture(params=[True, False], ids=["tiles", "avx512"])
+def kernels(request, monkeypatch):
+    """vaelab's own kernels, both forms in turn, everywhere in the library."""
+    from vaelab.native import build
+
+    if build.library() is None:
+        pytest.skip(f"no kernels here: {build.reason()}")
+    if request.param and "amx_bf16" not in build.abilities():
+        pytest.skip("this processor has no tile registers")
+    chosen = build.load(request.param)
+    monkeypatch.setattr(build, "_found", lambda: (chosen, "chosen by a test"))
+    return chosen
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Call it: from then on everything runs in torch's kernels, as where there is no compiler."""
+    from vaelab.native import build
+
+    return lambda: monkeypatch.setattr(build, "_found", lambda: (None, "taken away by a test"))

@@ -169,7 +169,10 @@ class Bernoulli(Distribution):
         return _bernoulli_log_prob(logits, x)
 
     def cross_log_prob(self, values: Tensor) -> Tensor:
-        return _cross(wide(self.logits).flatten(-self.event_dim)[0], values.flatten(1), _bernoulli)
+        logits, values = wide(self.logits).flatten(-self.event_dim)[0], values.flatten(1)
+        if len(values) == 1:  # one pass over the logits; with more values, one over their products
+            return _bernoulli_log_prob(logits, values[0]).unsqueeze(1)
+        return _cross(logits, values, _bernoulli)
 
     def rsample(self, k: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """Samples in {0, 1}; they carry no gradient."""

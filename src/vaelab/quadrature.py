@@ -29,6 +29,7 @@ from torch import Tensor
 from vaelab.distributions import Distribution
 from vaelab.errors import UsageError
 from vaelab.models.vae import VAE
+from vaelab.native.shares import BinaryImages
 from vaelab.priors import StandardNormal
 from vaelab.training import evaluating
 
@@ -148,6 +149,7 @@ class _Integral:
         corners = np.meshgrid(*[(-0.25, 0.25)] * self.dim, indexing="ij")
         self.children = np.stack([c.ravel() for c in corners], 1)
         self.points = 0
+        self.bits = BinaryImages.of(x)
         if not isinstance(model.prior, StandardNormal):
             self._check_resolved(x)
 
@@ -267,6 +269,9 @@ class _Integral:
 
     def _share(self, px: Distribution, log_pz: Tensor, tiles: int, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log of each tile's share of each image's integral, (T, I), and the largest log p(x|z) seen, (I,)."""
+        if self.bits is not None and self.bits.serve(px, len(self.nodes)):
+            share, best = self.bits.shares(px, log_pz, tiles, images)
+            return _numpy(share), _numpy(best)
         chosen = self.x if len(images) == self.n else self.x[torch.from_numpy(images).to(self.x.device)]
         log_px = px.cross_log_prob(chosen)
         joint = (log_px + log_pz[:, None]).unflatten(0, (tiles, -1))

@@ -32,17 +32,6 @@ SIZES = [(1, 1, 1), (128, 784, 400), (33, 37, 129), (96, 2, 31), (5, 64, 32), (3
 """Rows, inputs, outputs."""
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "avx512"])
-def kernels(request, monkeypatch):
-    """Both forms of the kernels, in turn everywhere in the library."""
-    if request.param and "amx_bf16" not in build.abilities():
-        pytest.skip("this processor has no tile registers")
-    chosen = build.load(request.param)
-    for module in ("native.layers", "native.calls", "native.step", "pixels", "optim"):
-        monkeypatch.setattr(f"vaelab.{module}.library", lambda: chosen)
-    return chosen
-
-
 def rounded(t):
     return t.bfloat16().double()
 
@@ -324,14 +313,13 @@ def test_what_is_no_known_chain_goes_through_autograd():
     assert fused(model, ELBO(), 8, 1) is not None
 
 
-def test_training_with_and_without_the_kernels_gives_the_same_curve(digits, small, monkeypatch):
+def test_training_with_and_without_the_kernels_gives_the_same_curve(digits, small, no_kernels):
     """In bfloat16, on the digits: within a hundredth of a nat after two epochs."""
     chosen = small(precision="bfloat16", lr=1e-3)
     curves = []
     for own in (True, False):
         if not own:
-            for module in ("native.layers", "native.calls", "native.step", "pixels", "optim"):
-                monkeypatch.setattr(f"vaelab.{module}.library", lambda: None)
+            no_kernels()
         records = fit(
             initial_model(chosen), built(chosen.objective), digits, protocol(chosen.protocol), chosen.training
         )

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import vaelab.native.layers as layers
-from vaelab.native import build, calls
 
 SHAPES = [  # images, channels in, channels out, (rows, columns), kernel, stride, padding
     (2, 1, 32, (28, 28), 3, 2, 1),
@@ -40,20 +39,6 @@ BACK = [  # the same, and output padding
     (2, 3, 4, (20, 35), 4, 2, 1, 0),
     (2, 3, 2, (5, 20), 4, 3, 2, 1),
 ]
-
-
-@pytest.fixture(params=["tiles", "AVX-512"])
-def kernels(request, monkeypatch):
-    """Both forms, one after the other."""
-    try:
-        tiles = request.param == "tiles"
-        if tiles and "amx_bf16" not in build.abilities():
-            pytest.skip("no tile registers here")
-        made = build.load(tiles)
-    except build._Unavailable as why:
-        pytest.skip(str(why))
-    monkeypatch.setattr(layers, "library", lambda: made)
-    monkeypatch.setattr(calls, "library", lambda: made)
 
 
 def rounded(t):

@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -44,11 +44,13 @@ from vaelab.errors import UsageError, unknown_name
 from vaelab.evaluation.quantity import to_numpy
 from vaelab.likelihoods import Bernoulli
 from vaelab.models.vae import VAE
+from vaelab.native.scoring import Scorer
 from vaelab.precision import Precision, of_decoding
 from vaelab.rng import stream, stream_seed
 from vaelab.training import evaluating
 
 Result = TypeVar("Result")
+Score = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 PROPOSALS = ("posterior", "widened", "defensive")
 CURVE = (1, 50, 500, 5000)
@@ -184,18 +186,19 @@ def importance_sampled(
     x = x.to(model.device)
     curve = [*(size for size in CURVE if size < k), k]
     sizes = [*curve, max(1, k // 10)]
-    with evaluating(model):
+    with evaluating(model), decoding.networks(model.likelihood):
         labels: list[Tensor | None] = [None] * len(x) if c is None else list(c.to(model.device).split(1))
         # a prior made of pseudo-inputs costs as much as many images: one for each label
         kinds = [-1 if label is None else int(label) for label in labels]
         first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
         priors = {kind: model.latent_prior(labels[i]) for kind, i in first.items()}
+        score = (Scorer.of(model.likelihood) if decoding.name == "bfloat16" else None) or partial(_score, model)
         codes = chunk or (CHUNK if isinstance(model.likelihood, Bernoulli) else CHUNK // 2)
 
         def measure(i: int) -> tuple[list[float], list[float]]:
             with torch.no_grad():
                 log_w = _log_weights(
-                    model, x[i : i + 1], labels[i], priors[kinds[i]], k, seed, proposal, codes, decoding
+                    model, x[i : i + 1], labels[i], priors[kinds[i]], k, seed, proposal, codes, decoding, score
                 )
                 return [_bound(log_w, size) for size in sizes], [*_spread(log_w), _pareto_index(to_numpy(log_w))]
 
@@ -230,6 +233,11 @@ def _each(measure: Callable[[int], Result], n: int, device: torch.device) -> Ite
         torch.set_num_threads(threads)
 
 
+def _score(model: VAE, z: Tensor, c: Tensor | None, image: Tensor) -> Tensor:
+    """log p(x|z) of one image (1, *X) for codes z (1, G, *D): (G,)."""
+    return model.decode(z, c).cross_log_prob(image).squeeze(1)
+
+
 def _log_weights(
     model: VAE,
     image: Tensor,
@@ -240,6 +248,7 @@ def _log_weights(
     proposal: str,
     chunk: int,
     precision: Precision,
+    score: Score,
 ) -> Tensor:
     """log w (k,) of one image (1, *X), float64."""
     pixels = image.float().cpu().numpy().tobytes() + (b"" if label is None else bytes(str(int(label)), "ascii"))
@@ -259,13 +268,11 @@ def _log_weights(
         # one image: its samples take the place of the batch, where a likelihood may have a shorter way for all of them
         with precision.autocast(image.device):
             log_px = [
-                model.decode(part.transpose(0, 1), None if label is None else label.expand(len(part))).cross_log_prob(
-                    image
-                )
+                score(part.transpose(0, 1), None if label is None else label.expand(len(part)), image)
                 for part in z.split(chunk)
             ]
-        found.append((p.log_prob(z) - log_r + torch.cat(log_px)).double())
-    return torch.cat(found).squeeze(1)
+        found.append(((p.log_prob(z) - log_r).squeeze(1) + torch.cat(log_px)).double())
+    return torch.cat(found)
 
 
 def _defensive(q: Distribution, p: Distribution, of_prior: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ from vaelab.errors import NoDensity, UsageError
 from vaelab.evaluation.codes import features_of, outside_prior
 from vaelab.evaluation.quantity import Quantity, evenly, to_numpy
 from vaelab.models.vae import VAE
+from vaelab.native.shares import log_sums
 from vaelab.rng import stream
 from vaelab.training import evaluating
 
@@ -239,9 +240,9 @@ def _mixture(q: Distribution, z: Tensor) -> tuple[np.ndarray, np.ndarray, np.nda
     for start in range(0, len(z), ROWS_JOINT):
         pairs = q.log_prob_all(z[start : start + ROWS_JOINT])
         own = (torch.arange(len(pairs)), torch.arange(start, start + len(pairs)))
-        given_x, mixture = pairs[own], pairs.logsumexp(1)
+        given_x, mixture = pairs[own], log_sums(pairs)
         pairs[own] = -math.inf
-        columns = (given_x, mixture - math.log(n), pairs.logsumexp(1) - math.log(n - 1))
+        columns = (given_x, mixture - math.log(n), log_sums(pairs) - math.log(n - 1))
         rows.append(torch.stack([column.double().cpu() for column in columns]))
     given_x, mixture, others = torch.cat(rows, 1).numpy()
     return given_x, mixture, others
@@ -253,7 +254,7 @@ def _factors(marginal: Distribution, z: Tensor) -> np.ndarray:
     for d in range(z.shape[1]):
         one = _dimension(marginal, d)
         parts = z[:, None, d : d + 1].split(ROWS)
-        total += to_numpy(torch.cat([one.log_prob_each(part)[..., 0].logsumexp(1) for part in parts]))
+        total += to_numpy(torch.cat([log_sums(one.log_prob_each(part)[..., 0]) for part in parts]))
     return total
 
 

@@ -10,16 +10,21 @@ something is missing, everything runs in torch's kernels: `library()` is None, a
 asks for that.
 
     tiles.h           the product of two matrices, block by block
+    rows.h            what its operands are made from
     images.c          a batch of a data set's images
     linear.c          linear layers: forward, and the gradients of weights and input
     convolution.c     convolutions and transposed ones: each is the other's gradient
     pixels.c          log p(x) of Bernoulli pixels
     step.c            a whole pass of the most used composition, from those parts
+    scoring.c         many codes against one image: importance sampling
+    shares.c          many codes against many images: quadrature
     adam.c            the optimiser's pass
     build.py          compiling, keeping, loading
     calls.py          what their calls share: scratch, and where gradients go
     convolutions.py   convolutions as autograd sees them
     layers.py         linear layers, and the modules of a model that compute with them
+    scoring.py        decoders that importance sampling scores in one pass
+    shares.py         the inner loop of quadrature
     step.py           which models are that composition
     pace.py           how many threads
 """

@@ -16,8 +16,8 @@ import torch
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
-SOURCES = ("images.c", "linear.c", "convolution.c", "pixels.c", "step.c", "adam.c", "start.c")
-HEADERS = ("tiles.h", "functions.h", "linear.h", "pixels.h")
+SOURCES = ("images.c", "linear.c", "convolution.c", "pixels.c", "step.c", "scoring.c", "shares.c", "adam.c", "start.c")
+HEADERS = ("tiles.h", "rows.h", "functions.h", "linear.h", "pixels.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
 COMPILERS = ("cc", "gcc", "clang")
@@ -36,6 +36,11 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "grey": (*[_pointer] * 3, *[_long] * 2, _int),
     "bits": (*[_pointer] * 4, *[_long] * 2, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
+    "pack_rows": (*[_pointer] * 2, *[_long] * 2),
+    "score_codes": (*[_pointer] * 4, _long, *[_pointer] * 3, _long, _pointer, _int),
+    "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
+    "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
+    "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
     "elbo_step": (*[_pointer] * 3, *[_long] * 3, _float, _int),
     "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int, _int),
     "squares": (*[_pointer] * 2, _long, _int),

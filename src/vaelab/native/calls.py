@@ -28,6 +28,11 @@ def sink(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     return new, new
 
 
+def up(n: int) -> int:
+    """The next multiple of 32."""
+    return (n + 31) // 32 * 32
+
+
 _kept = threading.local()
 
 

@@ -16,7 +16,7 @@
    the window further, a line later. Windows have an even width, the last column with weight zero where it is not the
    kernel's. */
 
-#include "tiles.h"
+#include "rows.h"
 
 typedef struct {
     long images, c, h, w, n, p, q, kh, kw, sh, sw, ph, pw;
@@ -237,7 +237,7 @@ static void convolve(const Shape *s, const Windows *v, int upwards, const float 
                     gather(v, (int *)own, at, t, left);
                     gather(v, (int *)own, at, t + HALF, right);
                     for (long r = 0; r < results(v); r += SIDE)
-                        block((Rows){kernels + r * k, k, 0}, (Panels){left, HALF * k, 0}, k, COARSE, sums + r * length + t, length);
+                        block((Rows){kernels + r * k, k, 0}, (Panels){left, HALF * k, 0, 1}, k, COARSE, sums + r * length + t, length);
                 }
                 finish(v, sums, b, y + m * v->features * v->rows * v->columns);
             }
@@ -332,7 +332,7 @@ void convolution_weights(const float *x, const float *y, float *dw, const Shape 
                     }
                     for (long j = 0; j < n; j += SIDE) {
                         const bf16 *left = down + j * all + m * positions * HALF;
-                        block((Rows){rows, length, 0}, (Panels){left, HALF * all, 0}, several * positions, COARSE, sums, SIDE);
+                        block((Rows){rows, length, 0}, (Panels){left, HALF * all, 0, 1}, several * positions, COARSE, sums, SIDE);
                         put(sums, 1, SIDE, n, 0, j, to);
                     }
                 }

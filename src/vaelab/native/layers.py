@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vaelab.native import convolutions
 from vaelab.native.build import library
-from vaelab.native.calls import COARSE, address, kernels, scratch, sink
+from vaelab.native.calls import COARSE, address, kernels, scratch, sink, up
 
 
 def accelerated_layers(model: nn.Module) -> list[nn.Module]:
@@ -21,7 +21,7 @@ def accelerated_layers(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def accelerated(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers and convolutions multiply bfloat16 numbers in vaelab's own kernels: float32 in, float32 out."""
-    chosen = [m for m in model.modules() if type(m) in FORWARDS and _fits(m)]
+    chosen = [m for m in model.modules() if type(m) in FORWARDS and fits(m)]
     if library() is None:
         chosen = []
     for layer in chosen:
@@ -33,7 +33,8 @@ def accelerated(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _fits(layer: nn.Module) -> bool:
+def fits(layer: nn.Module) -> bool:
+    """Whether a layer of `FORWARDS` has settings and weights that the kernels know."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not convolutions.fits(layer):
         return False
     return all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in layer.parameters())
@@ -61,7 +62,7 @@ class _Linear(torch.autograd.Function):
         x = x.contiguous().float()
         (n, k), m = weight.shape, x.numel() // weight.shape[1]
         y = x.new_empty(*x.shape[:-1], n)
-        room = scratch(_up(m) * _up(k) + _up(n) * _up(k))
+        room = scratch(up(m) * up(k) + up(n) * up(k))
         kernels().linear_forward(
             x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), m, n, k, COARSE,
             room.data_ptr(), torch.get_num_threads(),
@@ -81,13 +82,9 @@ class _Linear(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         (into, dw) = sink(weight) if ctx.needs_input_grad[1] else (None, None)
         (to, db) = sink(bias) if bias is not None and ctx.needs_input_grad[2] else (None, None)
-        room = scratch(_up(m) * (2 * _up(n) + _up(k)) + _up(n) * _up(k))
+        room = scratch(up(m) * (2 * up(n) + up(k)) + up(n) * up(k))
         kernels().linear_backward(
             x.data_ptr(), weight.data_ptr(), dy.data_ptr(), address(into), address(to), address(dx), m, n, k, COARSE,
             room.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return dx, dw, db
-
-
-def _up(n: int) -> int:
-    return (n + 31) // 32 * 32

@@ -8,21 +8,7 @@
    dw is asked for one block ahead. */
 
 #include "linear.h"
-
-/* Row i of x (m, k) as a row of A: out (up(m), up(k)), `part` numbers from one part to the next. */
-static inline void as_row(const float *x, long m, long k, long i, bf16 *out, int parts, long part) {
-    for (long j = 0; j < up(k); j += 32) {
-        __m512 a = _mm512_setzero_ps(), b = a;
-        if (i < m) {
-            a = _mm512_maskz_loadu_ps(first16(k - j), x + i * k + j);
-            b = _mm512_maskz_loadu_ps(first16(k - j - 16), x + i * k + j + 16);
-        }
-        for (int p = 0; p < parts; p++) {
-            _mm512_storeu_si512(out + p * part + i * up(k) + j, narrow(a, b));
-            if (p + 1 < parts) a = rest(a), b = rest(b);
-        }
-    }
-}
+#include "rows.h"
 
 /* The 16 columns of x (m, n) from 16 j as rows of A: out (up(n), up(m)). */
 static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out, int parts, long part) {
@@ -95,7 +81,7 @@ static inline __attribute__((always_inline)) void forward_of(const float *x, con
     for (long t = 0; t < blocks; t++) {
         for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows, parts, part);
         for (long i = 0; i < m; i += SIDE) {
-            block((Rows){rows + t * SIDE * depth, depth, part}, (Panels){columns + i * depth, HALF * depth, other}, depth, parts,
+            block((Rows){rows + t * SIDE * depth, depth, part}, (Panels){columns + i * depth, HALF * depth, other, parts}, depth, parts,
                   sums, SIDE);
             put_transposed(sums, b, m, n, i, t * SIDE, y);
         }
@@ -123,7 +109,7 @@ static inline __attribute__((always_inline)) void backward_of(const float *x, co
             expect(dw, n, k, t * SIDE, 0);
             for (long j = 0; j < up(k); j += SIDE) {
                 if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
-                block((Rows){down + t * SIDE * up(m), up(m), mn}, (Panels){inputs + j * up(m), HALF * up(m), mk}, up(m), parts,
+                block((Rows){down + t * SIDE * up(m), up(m), mn}, (Panels){inputs + j * up(m), HALF * up(m), mk, parts}, up(m), parts,
                       sums, SIDE);
                 total += put(sums, add, n, k, t * SIDE, j, dw);
             }
@@ -149,7 +135,7 @@ static inline __attribute__((always_inline)) void backward_of(const float *x, co
 #pragma omp for schedule(static) nowait
         for (long j = 0; j < up(k); j += SIDE)
             for (long i = 0; i < m; i += SIDE) {
-                block((Rows){across + i * up(n), up(n), mn}, (Panels){weights + j * up(n), HALF * up(n), nk}, up(n), parts, sums,
+                block((Rows){across + i * up(n), up(n), mn}, (Panels){weights + j * up(n), HALF * up(n), nk, parts}, up(n), parts, sums,
                       SIDE);
                 put(sums, 0, m, k, i, j, dx);
             }

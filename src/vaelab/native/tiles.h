@@ -85,23 +85,6 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
-/* The first 16 rows of x (rows, k), zeros where there are fewer, as the columns of a panel of B, K = up(k). */
-static inline void panel(const float *x, long rows, long k, bf16 *out, int parts, long part) {
-    for (long j = 0; j < up(k); j += 32)
-        for (int p = 0; p < parts; p++) {
-            __m512i r[16];
-            for (long i = 0; i < 16; i++) {
-                const float *row = x + i * k + j;
-                __m512 a = _mm512_maskz_loadu_ps(i < rows ? first16(k - j) : 0, row);
-                __m512 b = _mm512_maskz_loadu_ps(i < rows ? first16(k - j - 16) : 0, row + 16);
-                for (int q = 0; q < p; q++) a = rest(a), b = rest(b);
-                r[i] = narrow(a, b);
-            }
-            transpose(r);
-            for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + p * part + j * HALF + i * 32, r[i]);
-        }
-}
-
 /* c (m, n) = or += the block of sums that begins at row i, column j; gives the sum of the squares of what c holds then. */
 static inline double put(const float *sums, int add, long m, long n, long i, long j, float *c) {
     __m512 squares = _mm512_setzero_ps();
@@ -118,14 +101,15 @@ static inline double put(const float *sums, int add, long m, long n, long i, lon
     return _mm512_reduce_add_ps(squares);
 }
 
-/* 32 rows of A, `row` numbers apart; a panel of B and another `next` numbers on. Each further part is `part` numbers on. */
+/* 32 rows of A, `row` numbers apart; a panel of B and another `next` numbers on. Each further part is `part`
+   numbers on; B may have fewer parts than A, where it holds numbers of eight bits (pixels that are 0 or 1). */
 typedef struct {
     const bf16 *first;
     long row, part;
 } Rows;
 typedef struct {
     const bf16 *first;
-    long next, part;
+    long next, part, parts;
 } Panels;
 
 #ifdef __AMX_BF16__
@@ -152,7 +136,7 @@ static inline void block(Rows a, Panels b, long k, int parts, float *c, long wid
     _tile_zero(2);
     _tile_zero(3);
     for (int size = parts - 1; size >= 0; size--) /* the smallest products first */
-        for (int p = 0; p <= size; p++) {
+        for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= size; p++) {
             const bf16 *rows = a.first + p * a.part, *left = b.first + (size - p) * b.part, *right = left + b.next;
             for (long i = 0; i < k; i += 32) {
                 _tile_loadd(4, rows + i, a.row * 2);
@@ -182,7 +166,7 @@ static inline void block(Rows a, Panels b, long k, int parts, float *c, long wid
         __m512 sum[8][2];
         for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (int size = parts - 1; size >= 0; size--)
-            for (int p = 0; p <= size; p++) {
+            for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= size; p++) {
                 const bf16 *rows = a.first + p * a.part + m * a.row, *left = b.first + (size - p) * b.part;
                 const bf16 *right = left + b.next;
                 for (long i = 0; i < k; i += 2) {
