@@ -12,6 +12,8 @@ import torch
 
 TRIED = 8
 """Steps whose median time speaks for a number of threads."""
+WARMING = 8
+"""Steps that are not counted at the beginning, and after a change: caches fill, and threads that slept come back."""
 EVERY = 1.0
 """Seconds after which the other number is tried again."""
 GIVEN_UP = 3.0
@@ -41,7 +43,7 @@ class Pace:
         if not self.chooses:
             return
         slow = self.trying and self.typical is not None and self.times[-1] > GIVEN_UP * self.typical
-        if slow or (len(self.times) >= TRIED and (self.trying or self.typical is None or now - self.decided > EVERY)):
+        if slow or (len(self.times) >= WARMING + TRIED and (self.trying or self.typical is None or now - self.decided > EVERY)):
             self._decide(now)
 
     def _decide(self, now: float) -> None:
