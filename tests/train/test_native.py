@@ -251,6 +251,17 @@ def test_a_whole_pass_is_autograds(kernels, digits, name):
         assert (gradient - others[name]).norm() < 3e-3 * others[name].norm(), name
 
 
+def test_training_in_whole_passes_has_the_same_bits_with_any_number_of_threads(digits, small, same_weights):
+    chosen = small(precision="bfloat16", epochs=1)
+    models = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        models.append(initial_model(chosen))
+        fit(models[-1], built(chosen.objective), digits, protocol(chosen.protocol), chosen.training)
+        assert torch.get_num_threads() == threads
+    assert same_weights(models[0], models[1]) and same_weights(models[0], models[2])
+
+
 def test_schedules_reach_a_whole_pass(kernels, digits):
     model = initial_model(recipe("mnist-2d", digits.shape), digits)
     Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)

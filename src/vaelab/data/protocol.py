@@ -22,6 +22,7 @@ section 3.1), by Jensen's inequality,
 so that bits per dimension = -log2 p(x) / P + 8, and never flatters the model beside one on `levels`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,7 @@ class Protocol:
         if self.name == "dynamic":
             return _bits(batch, generator)
         if self.name == "dequantised":
-            return _spread(batch, _noise(batch, generator))
+            return _spread(batch, _noise(batch.shape, batch.device, generator))
         return _fixed(self.name, batch)
 
     def test_set(self, pixels: np.ndarray) -> "Tensor":
@@ -112,14 +113,13 @@ def _natively(name: str, pixels: "Tensor", index: "Tensor", generator: "torch.Ge
     kernels = library() if plain and name in ("grey", "dynamic") else None
     if kernels is None:
         return None
-    shape = (len(index), *pixels.shape[1:])
-    out, size = torch.empty(shape), pixels[0].numel()
-    at, into, threads = index.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    (rows,), event = index.shape, pixels.shape[1:]
+    out, size, threads = torch.empty((rows, *event)), event.numel(), torch.get_num_threads()
     if name == "grey":
-        kernels.grey(pixels.data_ptr(), at, into, len(index), size, threads)
+        kernels.grey(pixels.data_ptr(), index.data_ptr(), out.data_ptr(), rows, size, threads)
     else:
-        noise = _noise(torch.empty(shape, dtype=torch.uint8), generator)
-        kernels.bits(pixels.data_ptr(), at, noise.data_ptr(), into, len(index), size, threads)
+        noise = _noise((rows, *event), pixels.device, generator)
+        kernels.bits(pixels.data_ptr(), index.data_ptr(), noise.data_ptr(), out.data_ptr(), rows, size, threads)
     return out
 
 
@@ -127,7 +127,7 @@ def _bits(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
     """Bernoulli(pixel / 255), to within 2^-16: signed 16-bit noise below pixel * 257 - 2^15, which has the same range."""
     import torch
 
-    return (_noise(pixels, generator) < pixels.to(torch.int16).mul_(257).add_(-(2**15))).float()
+    return (_noise(pixels.shape, pixels.device, generator) < pixels.to(torch.int16).mul_(257).add_(-(2**15))).float()
 
 
 def _spread(pixels: "Tensor", noise: "Tensor") -> "Tensor":
@@ -137,7 +137,7 @@ def _spread(pixels: "Tensor", noise: "Tensor") -> "Tensor":
     return pixels.to(torch.int32).mul_(2**16).add_(noise).add_(2**15).float().mul_(2.0**-24)
 
 
-def _noise(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
+def _noise(shape: tuple[int, ...], device: "torch.device", generator: "torch.Generator") -> "Tensor":
     """A signed 16-bit integer for each pixel, uniform.
 
     Four pixels share one 64-bit draw: a float for each took a twentieth of a training step. On the CPU they come from
@@ -145,14 +145,15 @@ def _noise(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":
     """
     import torch
 
-    count = -(-pixels.numel() // 4)
-    if pixels.device.type == "cpu":
+    size = math.prod(shape)
+    count = -(-size // 4)
+    if device.type == "cpu":
         seed = int(torch.empty((), dtype=torch.int64).random_(0, None, generator=generator))
         words = torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
     else:
-        words = torch.empty(count, dtype=torch.int64, device=pixels.device)
+        words = torch.empty(count, dtype=torch.int64, device=device)
         words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[: pixels.numel()].view(pixels.shape)
+    return words.view(torch.int16)[:size].view(shape)
 
 
 def _fixed(name: str, pixels: "Tensor") -> "Tensor":

@@ -156,6 +156,8 @@ void linear_backward_shared(const float *x, const float *w, const float *dy, flo
                             long k, int parts, int add, double *squares, bf16 *scratch, int threads) {
     if (parts == FULL)
         backward_of(x, w, dy, dw, db, dx, m, n, k, FULL, add, squares, scratch, threads);
+    else if (parts == FINE)
+        backward_of(x, w, dy, dw, db, dx, m, n, k, FINE, add, squares, scratch, threads);
     else
         backward_of(x, w, dy, dw, db, dx, m, n, k, COARSE, add, squares, scratch, threads);
 }

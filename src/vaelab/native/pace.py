@@ -43,7 +43,9 @@ class Pace:
         if not self.chooses:
             return
         slow = self.trying and self.typical is not None and self.times[-1] > GIVEN_UP * self.typical
-        if slow or (len(self.times) >= WARMING + TRIED and (self.trying or self.typical is None or now - self.decided > EVERY)):
+        if slow or (
+            len(self.times) >= WARMING + TRIED and (self.trying or self.typical is None or now - self.decided > EVERY)
+        ):
             self._decide(now)
 
     def _decide(self, now: float) -> None:

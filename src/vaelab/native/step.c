@@ -11,7 +11,7 @@
 enum { LINEAR, EXACT, ADD, SUBTRACT, RELU, SILU, WAVES };
 
 /* (rows, inputs) to value (rows, outputs).
-   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null; dw and db are set, or null, and the sums of their squares
+   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products in COARSE or FULL parts (FINE on the way back); dw and db are set, or null, and the sums of their squares
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants */
 typedef struct {
@@ -125,7 +125,7 @@ static float *backward(const Operation *first, long count, const float *x, long 
         const float *input = o == first ? x : o[-1].value;
         float *to = o > first || needed ? dx : 0;
         if (o->kind == LINEAR || o->kind == EXACT)
-            linear_backward_shared(input, o->w, dy, o->dw, o->db, to, m, o->outputs, o->inputs, o->kind == EXACT ? FULL : COARSE,
+            linear_backward_shared(input, o->w, dy, o->dw, o->db, to, m, o->outputs, o->inputs, o->kind == EXACT ? FINE : COARSE,
                                    0, o->squares, p->scratch, threads);
         else if (o->kind == WAVES)
             waves_backward(o, input, dy, dx, m);
