@@ -231,6 +231,8 @@ def _side_by_side(jobs: Sequence[Job], data: "Dataset", staff: Sequence[Worker],
             kind, content = worker.pipe.recv()
         except (EOFError, OSError):
             kind, content = "failed", _died(worker, jobs)
+        except Exception as error:  # what it sent cannot be put together again here
+            kind, content = "failed", RuntimeError(f"the answer of a process cannot be read: {error}")
         if kind == "begin":
             worker.update = worker.line.enter_context(stage(content))
         elif kind == "update":
@@ -319,7 +321,9 @@ def _work(pipe: "pipes.Connection[Any, Any]", threads: int) -> None:
 
     with suppress(EOFError, OSError):
         tell("ready")
-        threads, data = pipe.recv()
+        if not isinstance(first := pipe.recv(), tuple):
+            return  # why to stop, before there was anything to do
+        threads, data = first
         torch.set_num_threads(threads)
         desk = Desk(data, "cpu", stage, stop)
         while isinstance(order := pipe.recv(), tuple):  # or why to stop, said while the last one was done

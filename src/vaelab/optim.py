@@ -41,7 +41,7 @@ BETA1, EPSILON = 0.9, 1e-8
 FAN_IN = 400
 """Inputs of a layer whose weights move by the learning rate itself."""
 SQUARES = 4096
-"""Numbers of the gradient whose squares the kernel sums into one (`native/adam.c`)."""
+"""Numbers of the gradient whose squares are summed into one first (`native/adam.c`)."""
 BIASES = 8.0
 """Multiple of the learning rate for biases."""
 
@@ -94,7 +94,7 @@ class Adam:
         self.kernels.adam(
             self.weights.data_ptr(), self.gradient.data_ptr(), self.mean.data_ptr(), self.square.data_ptr(),
             (c_long * count)(*self.sizes), (c_float * count)(*(lr * multiple for multiple in self.multiples)), count,
-            scale, BETA1, self.beta2, of_mean, of_gradient, math.sqrt(1 - self.beta2**t), EPSILON, clear,
+            scale, BETA1, 1 - BETA1, self.beta2, 1 - self.beta2, of_mean, of_gradient, math.sqrt(1 - self.beta2**t), EPSILON, clear,
             torch.get_num_threads(),
         )  # fmt: skip
 
@@ -111,7 +111,8 @@ class Adam:
         if scale != 1:
             self.gradient.mul_(scale)
         flat = (self.weights, self.gradient, self.mean, self.square)
-        # moments of pixels that are hardly ever lit decay to numbers below 1e-38, which take 30 times as long
+        # moments of pixels that are hardly ever lit decay to numbers below 1e-38, which take 30 times as long; torch does not
+        # say what it was set to, so it is off afterwards, as by default
         torch.set_flush_denormal(True)
         parts = zip(*(t.split(self.sizes) for t in flat), self.count, self.multiples, strict=True)
         for weights, gradient, mean, square, count, multiple in parts:
@@ -249,7 +250,7 @@ class Optimiser:
             return math.sqrt(float(torch.dot(self.gradient, self.gradient)))
         return math.sqrt(
             kernels.squares(
-                self.gradient.data_ptr(), self.squares.data_ptr(), len(self.gradient), torch.get_num_threads()
+                self.gradient.data_ptr(), self.squares.data_ptr(), len(self.gradient), SQUARES, torch.get_num_threads()
             )
         )
 

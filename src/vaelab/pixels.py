@@ -90,19 +90,24 @@ class _BernoulliLogProb(torch.autograd.Function):
             logits.data_ptr(), x.data_ptr(), log_p.data_ptr(), 0 if residual is None else residual.data_ptr(),
             len(logits), len(x), logits.shape[1], torch.get_num_threads(),
         )  # fmt: skip
-        ctx.save_for_backward(residual)
+        ctx.save_for_backward(logits, x, residual)
         return log_p
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        (residual,) = ctx.saved_tensors
-        return None if residual is None else residual * grads[0].unsqueeze(-1), None, None
+        logits, x, residual = ctx.saved_tensors
+        if residual is None:
+            return None, None, None
+        if torch.is_grad_enabled():  # of a gradient a gradient will be asked: as torch computes it
+            residual = x.repeat(len(logits) // len(x), 1) - torch.sigmoid(logits)
+        return residual * grads[0].unsqueeze(-1), None, None
 
 
 def _bernoulli_log_prob(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x) of logits (..., P), for x that broadcasts to them: (...)."""
     plain = logits.device.type == x.device.type == "cpu" and logits.dtype == x.dtype == torch.float32
-    kernels = library() if plain and logits.numel() and not torch.compiler.is_exporting() else None
+    fits = logits.dim() > 1 and logits.numel() > 0 and logits.shape[-1] == x.shape[-1]
+    kernels = library() if plain and fits and not torch.compiler.is_exporting() else None
     if kernels is None:
         return _NaturalLogProb.apply(logits, x, _bernoulli)  # type: ignore[no-any-return]
     if x.shape[:-1] != logits.shape[logits.dim() - x.dim() : -1]:
@@ -169,6 +174,7 @@ class Bernoulli(Distribution):
         return _bernoulli_log_prob(logits, x)
 
     def cross_log_prob(self, values: Tensor) -> Tensor:
+        _check_event(values, self.logits, self.event_dim)
         logits, values = wide(self.logits).flatten(-self.event_dim)[0], values.flatten(1)
         if len(values) == 1:  # one pass over the logits; with more values, one over their products
             return _bernoulli_log_prob(logits, values[0]).unsqueeze(1)

@@ -9,7 +9,7 @@ The data set lives in memory as bytes; there are no loader processes. All noise 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from vaelab.data.protocol import protocol as protocol_named
 from vaelab.errors import Interrupted, NonFiniteError, NonFiniteStep, RunError, UsageError
 from vaelab.meter import Meter, Pass, Progress
 from vaelab.models.vae import VAE
+from vaelab.native.calls import adding_gradients
+from vaelab.native.layers import suspended
 from vaelab.native.pace import Pace
 from vaelab.native.step import fused
 from vaelab.nn.mean import AroundMean, Centred
@@ -102,13 +104,14 @@ def fit(
                         _generators(device))  # fmt: skip
 
     def differentiate(x: Tensor, c: Tensor | None, noise: torch.Generator, step: int) -> Pass:
-        """Adds the gradient of the objective to what the parameters hold."""
+        """One pass: the parameters hold the gradient of the objective afterwards."""
         if whole is not None:
             return whole(x, noise, step)
         with precision.autocast(device):
             trace = model.trace(x, c, k=training.k, generator=noise)
         loss = objective(trace, step).loss
-        loss.backward()
+        with adding_gradients():
+            loss.backward()
         return Pass.of(trace, loss)
 
     with _own_generator(seed, device), precision.networks(model):
@@ -121,16 +124,18 @@ def fit(
                 history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
                 _restore(start, model, optimiser, meter, device)
             own = precision.name == "bfloat16" and device.type == "cpu"
-            whole = fused(model, objective, training.batch_size, training.k) if own else None
+            size = pixels[0].numel()
+            whole = fused(model, objective, size, training.batch_size, training.k) if own else None
             buffers = [] if whole else list(model.buffers())  # which a network may change in its forward pass
             noise = torch.Generator(device)
-            pace = Pace(chooses=whole is not None)
+            pace = Pace(chooses=whole is not None and optimiser.muon is None)
             kept = began = time.perf_counter()
             while len(history) < training.epochs:
                 epoch = len(history) + 1
                 order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
                 pace.begin()
                 for batch in order.split(training.batch_size)[step - (epoch - 1) * steps_per_epoch :]:
+                    pace.start()
                     noise.manual_seed(stream_seed(seed, "noise", step))
                     x = protocol.training_batch(pixels, noise, batch)
                     c = None if labels is None else labels[batch]
@@ -160,7 +165,7 @@ def fit(
                 pace.restore()
 
                 # the curve is followed in the training's precision, which is faster; its last point is in float32
-                followed = nullcontext() if epoch == training.epochs else precision.autocast(device)
+                followed = suspended(model) if epoch == training.epochs else precision.autocast(device)
                 with optimiser.evaluated(), followed:
                     tested = test_metrics(model, test, test_labels, seed)
                 record = _record(epoch, step, seconds, len(pixels), meter, tested, skipped)

@@ -73,7 +73,7 @@ class Protocol:
         Args:
             pixels: of the data set, or of a batch.
             generator: of what is drawn.
-            index: which images (B,), all if None.
+            index: which images (B,), numbers from 0 to N - 1; all if None.
         """
         own = _natively(self.name, pixels, index, generator) if index is not None else None
         if own is not None:
@@ -110,11 +110,12 @@ def _natively(name: str, pixels: "Tensor", index: "Tensor", generator: "torch.Ge
     from vaelab.native import library
 
     plain = pixels.device.type == index.device.type == "cpu" and pixels.is_contiguous() and index.is_contiguous()
+    plain = plain and pixels.dtype == torch.uint8 and index.dtype == torch.int64 and index.dim() == 1
     kernels = library() if plain and name in ("grey", "dynamic") else None
     if kernels is None:
         return None
-    (rows,), event = index.shape, pixels.shape[1:]
-    out, size, threads = torch.empty((rows, *event)), event.numel(), torch.get_num_threads()
+    rows, event, threads = len(index), pixels.shape[1:], torch.get_num_threads()
+    out, size = torch.empty((rows, *event), dtype=torch.float32, device="cpu"), event.numel()
     if name == "grey":
         kernels.grey(pixels.data_ptr(), index.data_ptr(), out.data_ptr(), rows, size, threads)
     else:

@@ -58,9 +58,13 @@ class NoGraph(UsageError):
     """
 
     def __init__(self, part: str, reason: str) -> None:
+        self.part, self.given = part, reason
         self.reason = f"the {part} cannot be exported to ONNX: {reason}"
         other = "decoder" if part == "encoder" else "encoder"
         super().__init__(f"{self.reason}; the {other} may be: vaelab export RUN --part {other}")
+
+    def __reduce__(self) -> tuple[type["NoGraph"], tuple[str, str]]:
+        return type(self), (self.part, self.given)  # between processes an exception is its arguments
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -42,8 +44,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
     "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
     "elbo_step": (*[_pointer] * 3, *[_long] * 3, _float, _int),
-    "adam": (*[_pointer] * 6, _long, *[_float] * 7, _int, _int),
-    "squares": (*[_pointer] * 2, _long, _int),
+    "adam": (*[_pointer] * 6, _long, *[_float] * 9, _int, _int),
+    "squares": (*[_pointer] * 2, *[_long] * 2, _int),
 }
 RESULTS: dict[str, type] = {"squares": ctypes.c_double}
 
@@ -104,13 +106,14 @@ def load(tiles: bool) -> ctypes.CDLL:
     kept = cache_dir() / "native" / name
     try:
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _own(kept.parent):
-            if not kept.is_file():
-                _compile(flags, here, kept)
-            if _own(kept):
-                return _open(kept)
+        if _own(kept.parent) and _own(kept.parent.parent, 0o002):
+            if kept.is_file() and _own(kept):
+                with suppress(OSError):  # a damaged file
+                    return _open(kept)
+            _compile(flags, here, kept)
+            return _open(kept)
     except OSError:
-        pass  # a cache that cannot be written, or holds a damaged file
+        pass  # a cache that cannot be written
     try:
         with tempfile.TemporaryDirectory() as folder:  # for this process only
             _compile(flags, here, Path(folder) / name)
@@ -119,22 +122,22 @@ def load(tiles: bool) -> ctypes.CDLL:
         raise _Unavailable(f"vaelab's own cannot be loaded ({error})") from None
 
 
-def _own(path: Path) -> bool:
+def _own(path: Path, others: int = 0o022) -> bool:
     """Whether only this user can have written it: what is loaded runs, and a cache may be shared."""
     found = path.stat()
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return found.st_uid == os.getuid() and not found.st_mode & others
 
 
 def _compile(flags: Sequence[str], sources: Path, to: Path) -> None:
-    compiler = os.environ.get("CC") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "")) or [*filter(shutil.which, COMPILERS)][:1]
+    if not compiler:
         raise _Unavailable(f"there is no C compiler ({', '.join(COMPILERS)})")
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         objects = [f"{folder}/{name}.o" for name in SOURCES]
-        commands = [[compiler, *flags, "-c", str(sources / name), "-o", made]
+        commands = [[*compiler, *flags, "-c", str(sources / name), "-o", made]
                     for name, made in zip(SOURCES, objects, strict=True)]  # fmt: skip
         # without -fopenmp here: the threads are those of the OpenMP that torch has loaded, not a second set beside them
-        commands.append([compiler, "-shared", *objects, "-lm", "-o", f"{folder}/made.so"])
+        commands.append([*compiler, "-shared", *objects, "-lm", "-o", f"{folder}/made.so"])
         for command in commands:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -143,7 +146,9 @@ def _compile(flags: Sequence[str], sources: Path, to: Path) -> None:
             if done.returncode:
                 said = (done.stderr.strip() or "no message").splitlines()
                 raise _Unavailable(f"the C compiler does not take vaelab's own ({said[0][:200]})")
-        Path(f"{folder}/made.so").replace(to)
+        made = Path(f"{folder}/made.so")
+        made.chmod(0o700)  # see `_own`
+        made.replace(to)
 
 
 def _open(path: Path) -> ctypes.CDLL:

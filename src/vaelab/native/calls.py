@@ -2,14 +2,16 @@
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from vaelab.native.build import library
 
-COARSE, FULL = 1, 3
-"""Parts of a number that are multiplied, as in `tiles.h`: bfloat16 products, or what float32 gives."""
+COARSE, FINE, FULL = 1, 2, 3
+"""Parts of a number that are multiplied, as in `tiles.h`: bfloat16 products, all but 2^-16 of a product, or what float32 gives."""
 
 
 def address(tensor: Tensor | None) -> int:
@@ -17,15 +19,41 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+_own = threading.local()
+
+
+@contextmanager
+def adding_gradients() -> Iterator[None]:
+    """Inside, a backward pass of this thread adds to the .grad of parameters itself: see `sink`."""
+    _own.adding = True
+    try:
+        yield
+    finally:
+        _own.adding = False
+
+
 def sink(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
     """Where a parameter's gradient is added to, and what autograd is given: its own .grad and nothing, or a new tensor.
 
-    `vaelab.optim` keeps all gradients in one tensor, and each .grad is a part of it: no second pass adds to it.
+    `vaelab.optim` keeps all gradients in one tensor, and each .grad is a part of it: no second pass adds to it. Only inside
+    `adding_gradients`, since torch.autograd.grad asks for gradients that must not be added to anything.
     """
-    if parameter.is_leaf and parameter.grad is not None and parameter.grad.is_contiguous():
+    adding = getattr(_own, "adding", False)
+    if adding and parameter.is_leaf and parameter.grad is not None and parameter.grad.is_contiguous():
         return parameter.grad, None
     new = torch.zeros_like(parameter)
     return new, new
+
+
+def usual(x: Tensor) -> bool:
+    """Whether the kernels read such an input: some float numbers on the CPU."""
+    return x.numel() > 0 and x.device.type == "cpu" and x.is_floating_point() and x.dtype != torch.float64
+
+
+def linear_room(m: int, n: int, k: int, parts: int = COARSE) -> int:
+    """bfloat16 numbers of scratch that a linear layer of k inputs and n outputs needs for m rows, see `linear.c`."""
+    m, n, k = up(m), up(n), up(k)
+    return parts * (2 * m * n + m * k + n * k)
 
 
 def up(n: int) -> int:
@@ -33,14 +61,11 @@ def up(n: int) -> int:
     return (n + 31) // 32 * 32
 
 
-_kept = threading.local()
-
-
 def scratch(size: int) -> Tensor:
     """Room for `size` bfloat16 numbers, the same for every call of a thread: new pages cost more than a layer's products."""
-    held: Tensor | None = getattr(_kept, "scratch", None)
+    held: Tensor | None = getattr(_own, "scratch", None)
     if held is None or len(held) < size:
-        held = _kept.scratch = torch.empty(size, dtype=torch.bfloat16)
+        held = _own.scratch = torch.empty(size, dtype=torch.bfloat16, device="cpu")
     return held
 
 

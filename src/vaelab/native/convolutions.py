@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from vaelab.native.calls import address, kernels, scratch, sink
+from vaelab.native.calls import address, kernels, scratch, sink, usual
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 
@@ -39,7 +39,7 @@ def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _is_usual(layer: Convolution, x: Tensor, sides: list[int]) -> bool:
-    return x.dim() in (3, 4) and x.numel() > 0 and x.shape[-3] == layer.in_channels and min(sides) > 0
+    return usual(x) and x.dim() in (3, 4) and x.shape[-3] == layer.in_channels and min(sides) > 0
 
 
 def _run(layer: Convolution, x: Tensor, sides: list[int], more: tuple[int, ...]) -> Tensor:
@@ -47,7 +47,8 @@ def _run(layer: Convolution, x: Tensor, sides: list[int], more: tuple[int, ...])
     images = 1 if x.dim() == 3 else x.shape[0]
     small, large = (x.shape[-2:], sides) if back else (sides, x.shape[-2:])
     shape = (images, weight.shape[1], *large, weight.shape[0], *small, *weight.shape[2:], *layer.stride, *layer.padding)
-    y = _Convolution.apply(x.unsqueeze(0) if x.dim() == 3 else x, weight, layer.bias, shape, more, back)
+    images_ = (x.unsqueeze(0) if x.dim() == 3 else x).contiguous().float()  # here, where autograd sees it
+    y = _Convolution.apply(images_, weight, layer.bias, shape, more, back)
     return y.squeeze(0) if x.dim() == 3 else y  # type: ignore[no-any-return]
 
 
@@ -58,7 +59,6 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], more: tuple[int, ...], back: bool
     ) -> Tensor:
-        x = x.contiguous().float()
         ctx.shape, ctx.more, ctx.back = shape, more, back
         ctx.save_for_backward(x, weight, bias)
         return _product(x, weight, bias, shape, upwards=back)

@@ -10,27 +10,42 @@ from torch import Tensor, nn
 
 from vaelab.native import convolutions
 from vaelab.native.build import library
-from vaelab.native.calls import COARSE, address, kernels, scratch, sink, up
+from vaelab.native.calls import COARSE, address, kernels, linear_room, scratch, sink, usual
 
 
 def accelerated_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a model that compute with the kernels now."""
-    return [m for m in model.modules() if type(m) in FORWARDS and "forward" in vars(m)]
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), _Own)]
 
 
 @contextmanager
 def accelerated(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers and convolutions multiply bfloat16 numbers in vaelab's own kernels: float32 in, float32 out."""
-    chosen = [m for m in model.modules() if type(m) in FORWARDS and fits(m)]
+    chosen = [m for m in model.modules() if type(m) in FORWARDS and fits(m) and "forward" not in vars(m)]
     if library() is None:
         chosen = []
     for layer in chosen:
-        layer.forward = partial(FORWARDS[type(layer)], layer)  # type: ignore[method-assign]
+        layer.forward = _Own(FORWARDS[type(layer)], layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer in chosen:
             del layer.forward
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Inside `accelerated`: for a while the layers compute as torch does."""
+    held = [(layer, vars(layer).pop("forward")) for layer in accelerated_layers(model)]
+    try:
+        yield
+    finally:
+        for layer, forward in held:
+            layer.forward = forward  # type: ignore[method-assign]
+
+
+class _Own(partial[Tensor]):
+    """A forward of ours, which a user's is told from."""
 
 
 def fits(layer: nn.Module) -> bool:
@@ -41,9 +56,10 @@ def fits(layer: nn.Module) -> bool:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return F.linear(x, layer.weight, layer.bias)
-    return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
+    if not usual(x) or x.shape[-1] != layer.in_features:
+        return F.linear(x, layer.weight, layer.bias)  # which answers, or says what is wrong
+    # converted here, where autograd sees it
+    return _Linear.apply(x.contiguous().float(), layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
 FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -59,10 +75,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = x.contiguous().float()
         (n, k), m = weight.shape, x.numel() // weight.shape[1]
         y = x.new_empty(*x.shape[:-1], n)
-        room = scratch(up(m) * up(k) + up(n) * up(k))
+        room = scratch(linear_room(m, n, k))
         kernels().linear_forward(
             x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), m, n, k, COARSE,
             room.data_ptr(), torch.get_num_threads(),
@@ -82,7 +97,7 @@ class _Linear(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         (into, dw) = sink(weight) if ctx.needs_input_grad[1] else (None, None)
         (to, db) = sink(bias) if bias is not None and ctx.needs_input_grad[2] else (None, None)
-        room = scratch(up(m) * (2 * up(n) + up(k)) + up(n) * up(k))
+        room = scratch(linear_room(m, n, k))
         kernels().linear_backward(
             x.data_ptr(), weight.data_ptr(), dy.data_ptr(), address(into), address(to), address(dx), m, n, k, COARSE,
             room.data_ptr(), torch.get_num_threads(),

@@ -68,22 +68,22 @@ static inline void expect(const float *c, long m, long n, long i, long j) {
 }
 
 /* Both with the number of parts known, so that the compiler makes one form of each. */
-static inline __attribute__((always_inline)) void forward_of(const float *x, const float *w, const float *b, float *y, long m,
+static inline __attribute__((always_inline)) void forward_of(const float *x, const float *w, const float *bias, float *y, long m,
                                                               long n, long k, const int parts, bf16 *scratch) {
     long depth = up(k), blocks = up(n) / SIDE, part = up(n) * depth, other = up(m) * depth;
     bf16 *rows = scratch, *columns = scratch + parts * part;
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     begin_tiles();
 #pragma omp for schedule(static)
-    for (long j = 0; j < up(m) / HALF; j++) 
+    for (long j = 0; j < up(m) / HALF; j++)
         panel(x + j * HALF * k, m - j * HALF, k, columns + j * HALF * depth, parts, other);
 #pragma omp for schedule(static)
     for (long t = 0; t < blocks; t++) {
         for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows, parts, part);
         for (long i = 0; i < m; i += SIDE) {
-            block((Rows){rows + t * SIDE * depth, depth, part}, (Panels){columns + i * depth, HALF * depth, other, parts}, depth, parts,
-                  sums, SIDE);
-            put_transposed(sums, b, m, n, i, t * SIDE, y);
+            Panels b = {columns + i * depth, HALF * depth, other, parts};
+            block((Rows){rows + t * SIDE * depth, depth, part}, b, depth, parts, sums, SIDE);
+            put_transposed(sums, bias, m, n, i, t * SIDE, y);
         }
     }
     end_tiles();
@@ -109,8 +109,8 @@ static inline __attribute__((always_inline)) void backward_of(const float *x, co
             expect(dw, n, k, t * SIDE, 0);
             for (long j = 0; j < up(k); j += SIDE) {
                 if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
-                block((Rows){down + t * SIDE * up(m), up(m), mn}, (Panels){inputs + j * up(m), HALF * up(m), mk, parts}, up(m), parts,
-                      sums, SIDE);
+                Panels b = {inputs + j * up(m), HALF * up(m), mk, parts};
+                block((Rows){down + t * SIDE * up(m), up(m), mn}, b, up(m), parts, sums, SIDE);
                 total += put(sums, add, n, k, t * SIDE, j, dw);
             }
             if (squares) squares[t] = total;
@@ -135,8 +135,8 @@ static inline __attribute__((always_inline)) void backward_of(const float *x, co
 #pragma omp for schedule(static) nowait
         for (long j = 0; j < up(k); j += SIDE)
             for (long i = 0; i < m; i += SIDE) {
-                block((Rows){across + i * up(n), up(n), mn}, (Panels){weights + j * up(n), HALF * up(n), nk, parts}, up(n), parts, sums,
-                      SIDE);
+                Panels b = {weights + j * up(n), HALF * up(n), nk, parts};
+                block((Rows){across + i * up(n), up(n), mn}, b, up(n), parts, sums, SIDE);
                 put(sums, 0, m, k, i, j, dx);
             }
     }
@@ -154,9 +154,7 @@ void linear_forward_shared(const float *x, const float *w, const float *b, float
 
 void linear_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
                             long k, int parts, int add, double *squares, bf16 *scratch, int threads) {
-    if (parts == FULL)
-        backward_of(x, w, dy, dw, db, dx, m, n, k, FULL, add, squares, scratch, threads);
-    else if (parts == FINE)
+    if (parts == FINE)
         backward_of(x, w, dy, dw, db, dx, m, n, k, FINE, add, squares, scratch, threads);
     else
         backward_of(x, w, dy, dw, db, dx, m, n, k, COARSE, add, squares, scratch, threads);

@@ -1,6 +1,6 @@
 /* The products of a linear layer. x (m, k), w (n, k), b (n), y and its gradient dy (m, n), all float32 by rows.
 
-   `parts` is COARSE, products of bfloat16 numbers with float32 sums, or more (`tiles.h`); forward has no FINE.
+   `parts` is COARSE, products of bfloat16 numbers with float32 sums, or more (`tiles.h`); FULL is for forward, FINE for backward.
    All threads of a parallel region call these together, and none goes on before all are done. */
 
 #ifndef LINEAR_H

@@ -14,6 +14,8 @@ TRIED = 8
 """Steps whose median time speaks for a number of threads."""
 WARMING = 8
 """Steps that are not counted at the beginning, and after a change: caches fill, and threads that slept come back."""
+AWAKE = 2
+"""Steps of them in which threads that slept come back, however long that takes."""
 EVERY = 1.0
 """Seconds after which the other number is tried again."""
 GIVEN_UP = 3.0
@@ -35,14 +37,18 @@ class Pace:
         self.trying = False
         self.last = self.decided = time.perf_counter()
 
+    def start(self) -> None:
+        """A step begins."""
+        self.last = time.perf_counter()
+
     def step(self) -> None:
-        """A step has ended."""
+        """It has ended."""
         now = time.perf_counter()
         self.times.append(now - self.last)
-        self.last = now
         if not self.chooses:
             return
-        slow = self.trying and self.typical is not None and self.times[-1] > GIVEN_UP * self.typical
+        awake = len(self.times) > AWAKE
+        slow = self.trying and awake and self.typical is not None and self.times[-1] > GIVEN_UP * self.typical
         if slow or (
             len(self.times) >= WARMING + TRIED and (self.trying or self.typical is None or now - self.decided > EVERY)
         ):
@@ -66,8 +72,7 @@ class Pace:
         torch.set_num_threads(self.used)
 
     def begin(self) -> None:
-        """Steps follow, which may have been interrupted by something else."""
-        self.last = time.perf_counter()
+        """Steps follow."""
         if self.used != self.most:
             torch.set_num_threads(self.used)
 

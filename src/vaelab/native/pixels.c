@@ -7,7 +7,7 @@ void bernoulli_shared(const float *logits, const float *x, float *log_p, float *
         const float *l = logits + r * pixels, *image = x + r % images * pixels;
         Score s = score_begin();
         for (long j = 0; j < pixels; j += 16) {
-            __mmask16 inside = lanes(pixels - j);
+            __mmask16 inside = first16(pixels - j);
             __m512 rest = score_add(&s, _mm512_maskz_loadu_ps(inside, l + j), _mm512_maskz_loadu_ps(inside, image + j),
                                     inside);
             if (residual) _mm512_mask_storeu_ps(residual + r * pixels + j, inside, _mm512_mul_ps(_mm512_set1_ps(scale), rest));

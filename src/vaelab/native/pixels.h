@@ -10,6 +10,7 @@
 #include <math.h>
 
 #include "functions.h"
+#include "tiles.h"
 
 typedef struct {
     __m512 linear, product;
@@ -45,8 +46,6 @@ static inline float score_end(Score *s) {
     score_flush(s);
     return (float)((double)_mm512_reduce_add_ps(s->linear) - s->logs);
 }
-
-static inline __mmask16 lanes(long n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
 
 /* logits (rows, pixels), x (images, pixels), log_p (rows); row r is about image r % images. residual is scale (x - mean), of
    the shape of the logits, and may be their own memory, or null. All threads of a parallel region call it together. */

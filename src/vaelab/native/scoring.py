@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vaelab.errors import UsageError
 from vaelab.likelihoods import Bernoulli
 from vaelab.native.build import library
 from vaelab.native.calls import kernels, scratch, up
@@ -53,6 +54,8 @@ class Scorer:
 
     def __call__(self, z: Tensor, c: Tensor | None, image: Tensor) -> Tensor:
         """Codes z (1, G, D), labels c (G,) of a conditional model, one image (1, *X): (G,)."""
+        if image.numel() != int(self.widths[-1]):
+            raise UsageError(f"the image has {image.numel()} pixels and the decoder describes {int(self.widths[-1])}")
         x, image = self.before.parameters_at(z, c)[0].float().contiguous(), image.float().contiguous()
         log_p, threads = x.new_empty(len(x)), torch.get_num_threads()
         kernels().score_codes(

@@ -17,7 +17,7 @@ void pack_images(const float *images, bf16 *rows, long all, long k, int threads)
     for (long i = 0; i < all; i++) as_row(images, all, k, i, rows, COARSE, 0);
 }
 
-/* 16 chosen rows of depth numbers, none where the index is negative, as a panel of B. */
+/* 16 chosen rows of depth numbers, zeros where there are fewer, as a panel of B. */
 static inline void as_panel(const bf16 *rows, const long *index, long count, long depth, bf16 *out) {
     for (long j = 0; j < depth; j += 32) {
         __m512i r[16];
@@ -101,6 +101,6 @@ void log_sums(const float *x, float *out, long rows, long n, int threads) {
             __m512 e = exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(first16(n - j), row + j), finite));
             sum[j / 16 % 2] = _mm512_mask_add_ps(sum[j / 16 % 2], first16(n - j), sum[j / 16 % 2], e);
         }
-        out[i] = top + logf(_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])));
+        out[i] = top == INFINITY ? top : top + logf(_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])));
     }
 }

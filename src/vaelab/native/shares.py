@@ -14,7 +14,13 @@ from vaelab.native.calls import kernels, scratch, up
 
 def log_sums(x: Tensor) -> Tensor:
     """log of the sum of e^x over the last axis, as torch.logsumexp, which takes ten times as long for long rows."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel() or (own := library()) is None:
+    if (
+        x.requires_grad
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or not x.numel()
+        or (own := library()) is None
+    ):
         return x.logsumexp(-1)
     x = x.contiguous()
     out = x.new_empty(x.shape[:-1])
@@ -46,7 +52,9 @@ class BinaryImages:
     def serve(self, px: Distribution, group: int) -> TypeGuard[pixels.Bernoulli]:
         """Whether `shares` can be asked about codes that come in groups of so many."""
         sized = 32 % group == 0 or group % 32 == 0
-        return type(px) is pixels.Bernoulli and px.logits.dtype == torch.float32 and sized
+        if type(px) is not pixels.Bernoulli or px.logits.dtype != torch.float32 or not sized:
+            return False
+        return px.logits.flatten(-px.event_dim).shape[-1] == self.pixels
 
     def shares(self, px: pixels.Bernoulli, weight: Tensor, groups: int, images: np.ndarray) -> tuple[Tensor, Tensor]:
         """log sum e^(log p(x|z) + weight) over each group of codes, (groups, I), and the largest log p(x|z), (I,).

@@ -11,7 +11,8 @@
 enum { LINEAR, EXACT, ADD, SUBTRACT, RELU, SILU, WAVES };
 
 /* (rows, inputs) to value (rows, outputs).
-   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products in COARSE or FULL parts (FINE on the way back); dw and db are set, or null, and the sums of their squares
+   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products in COARSE or FULL parts (FINE on the way back); dw and db
+                   are set, or null, and the sums of their squares
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants */
 typedef struct {

@@ -3,7 +3,7 @@
 Between two products of a network of this size Python and autograd take longer than the products. So where a model is a chain
 of known operations around a diagonal Gaussian, a standard normal and Bernoulli pixels, and what is differentiated is its ELBO,
 the chain is written down once (`fused`), and each pass runs it. Any other composition goes through autograd, layer by layer
-(`layers.py`); the results are the same (tests/train/test_native_step.py).
+(`layers.py`); the results are the same (tests/train/test_native.py).
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from vaelab.likelihoods import Bernoulli, GreyCrossEntropy
 from vaelab.meter import Pass
 from vaelab.models.vae import VAE
 from vaelab.native.build import library
-from vaelab.native.calls import COARSE, FULL
+from vaelab.native.calls import COARSE, FULL, linear_room
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
 from vaelab.objectives import ELBO, Objective
@@ -51,22 +51,28 @@ class _Plan(ctypes.Structure):
     )  # fmt: skip
 
 
-def fused(model: VAE, objective: Objective, batch: int, k: int) -> "Fused | None":
+def fused(model: VAE, objective: Objective, pixels: int, batch: int, k: int) -> "Fused | None":
     """The pass of a model whose parameters have their .grad (`vaelab.optim`), None where `step.c` does not have it.
 
     Args:
         model: in bfloat16 training on a CPU; its parameters must keep their places in memory.
         objective: what is differentiated.
+        pixels: of an image.
         batch: images at most.
         k: samples of the posterior for each image.
     """
     parts: Any = model
     composed = (
-        type(model.posterior) is Gaussian
+        type(model) is VAE
+        and type(model.posterior) is Gaussian
         and type(model.prior) is StandardNormal
         and type(model.likelihood) in (Bernoulli, GreyCrossEntropy)
         and type(objective) is ELBO
-        and not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+        and not any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in model.modules()
+        )
+        and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     )
     if not composed or not isinstance(objective, ELBO) or library() is None:
         return None
@@ -76,6 +82,8 @@ def fused(model: VAE, objective: Objective, batch: int, k: int) -> "Fused | None
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
         own = [o.dw for o in (*encoder, *decoder) if o.dw] + [o.db for o in (*encoder, *decoder) if o.db]
         if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
+            return None
+        if not pixels == encoder[0].inputs == decoder[-1].outputs:
             return None
         return Fused(encoder, decoder, model.latent_dim, objective, batch, k)
     except _Unknown:
@@ -103,7 +111,7 @@ class Fused:
         if not encoder or not decoder or encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
             raise _Unknown
         self.objective, self.dim, self.k = objective, dim, k
-        self.inputs, self.pixels = encoder[0].inputs, decoder[-1].outputs
+        self.pixels = decoder[-1].outputs
         self.held: list[Tensor] = []
         for chain, rows in ((encoder, batch), (decoder, k * batch)):
             for operation in chain:
@@ -126,7 +134,7 @@ class Fused:
     def __call__(self, x: Tensor, generator: torch.Generator, step: int) -> Pass:
         """Of images x (B, *X), with noise from a generator."""
         x, images = x.contiguous(), len(x)
-        noise = torch.randn((self.k, images, self.dim), generator=generator)
+        noise = torch.randn((self.k, images, self.dim), generator=generator, dtype=torch.float32, device="cpu")
         beta = at(self.objective.beta, step)
         kernels = library()
         assert kernels is not None  # `fused` asked
@@ -139,15 +147,13 @@ class Fused:
 
     def _room(self, numbers: int) -> int:
         """The address of so many float32 numbers, aligned to lines and with some to spare, held as long as this."""
-        self.held.append(torch.empty(numbers + 64))
+        self.held.append(torch.empty(numbers + 64, dtype=torch.float32, device="cpu"))
         return -(-self.held[-1].data_ptr() // 64) * 64
 
 
 def _scratch(operation: _Operation, rows: int) -> int:
     """float32 numbers that an operation on so many rows needs for itself, see `linear.c`."""
-    m, n, k = (-(-size // 32) * 32 for size in (rows, operation.outputs, operation.inputs))
-    parts = FULL if operation.kind == EXACT else COARSE
-    return parts * (2 * m * n + m * k + n * k) // 2
+    return linear_room(rows, operation.outputs, operation.inputs, FULL if operation.kind == EXACT else COARSE) // 2
 
 
 def _blocks(operation: _Operation) -> int:
