@@ -1,6 +1,7 @@
 """Graphs: what onnxruntime makes of them is what torch makes of the model."""
 
 import logging
+import pickle
 import sys
 
 import numpy as np
@@ -324,3 +325,9 @@ def test_bad_input_of_export(vaelab, run_of, model, tmp_path, monkeypatch):
     run.weights.unlink()
     monkeypatch.undo()
     vaelab("export", run.path, "--quiet").refused(5, "has not finished")
+
+
+def test_a_part_without_a_graph_says_so_between_processes():
+    said = NoGraph("encoder", "it is a poem")
+    heard = pickle.loads(pickle.dumps(said))
+    assert (str(heard), heard.reason) == (str(said), said.reason)
