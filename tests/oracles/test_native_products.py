@@ -9,13 +9,13 @@ from torch import nn
 
 from vaelab import likelihoods, pixels, posteriors, priors
 from vaelab.models.vae import VAE
-from vaelab.native import library
+from vaelab.native import library, reason
 from vaelab.native.shares import BinaryImages, log_sums
 from vaelab.nn import MLP
 from vaelab.quadrature import log_likelihood
 from vaelab.rng import stream
 
-pytestmark = pytest.mark.skipif(library() is None, reason="there are no kernels here")
+pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {reason()}")
 
 
 def normal(*shape, seed=0):

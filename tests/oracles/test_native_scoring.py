@@ -8,12 +8,12 @@ from torch import nn
 from vaelab import likelihoods, posteriors, priors
 from vaelab.evaluation import importance_sampled
 from vaelab.models.vae import VAE
-from vaelab.native import layers, library
+from vaelab.native import layers, library, reason
 from vaelab.native.scoring import Scorer
 from vaelab.nn import MLP, AroundMean, ConvDecoder, FourierMLP, WithLabel
 from vaelab.rng import stream
 
-pytestmark = pytest.mark.skipif(library() is None, reason="there are no kernels here")
+pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {reason()}")
 SHAPE = (1, 7, 5)
 
 

@@ -4,7 +4,7 @@ A small network's step is bound by what surrounds its products: casts, copies, d
 write everything once more. Here a linear layer reads float32 and writes float32, and is rounded to bfloat16 only on its way
 into the processor's tile registers (`tiles.h`); the sums over pixels are one pass (`pixels.c`), and so is Adam (`adam.c`).
 
-They are compiled at their first use, in about a second, where there is a C compiler and the processor multiplies bfloat16,
+They are compiled at their first use, in 6 to 8 s, where there is a C compiler and the processor multiplies bfloat16,
 and kept in the user's cache under a name that holds the checksum of the source and the processor's abilities. Where
 something is missing, everything runs in torch's kernels: `library()` is None, and `reason()` says why. VAELAB_KERNELS=torch
 asks for that.

@@ -104,7 +104,9 @@ def load(tiles: bool) -> ctypes.CDLL:
         digest.update((here / name).read_bytes())
     name = f"kernels-{digest.hexdigest()[:24]}.so"
     kept = cache_dir() / "native" / name
-    try:
+    with suppress(
+        OSError
+    ):  # a cache that cannot be written: the kernels are then compiled for this process only, below
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _own(kept.parent) and _own(kept.parent.parent, 0o002):
             if kept.is_file() and _own(kept):
@@ -112,10 +114,8 @@ def load(tiles: bool) -> ctypes.CDLL:
                     return _open(kept)
             _compile(flags, here, kept)
             return _open(kept)
-    except OSError:
-        pass  # a cache that cannot be written
     try:
-        with tempfile.TemporaryDirectory() as folder:  # for this process only
+        with tempfile.TemporaryDirectory() as folder:
             _compile(flags, here, Path(folder) / name)
             return _open(Path(folder) / name)
     except OSError as error:
