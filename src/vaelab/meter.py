@@ -51,6 +51,7 @@ class Pass:
         distortion: the same.
         images: how many.
         gradient_norm: of the gradient, where the pass has set it rather than added to it; else None.
+        updated: whether the pass has updated the weights, too.
     """
 
     loss: float
@@ -58,6 +59,7 @@ class Pass:
     distortion: float
     images: int
     gradient_norm: float | None = None
+    updated: bool = False
 
     @classmethod
     def of(cls, trace: Trace, loss: Tensor | None = None) -> "Pass":

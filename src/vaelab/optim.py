@@ -19,11 +19,12 @@ instead of a dispatch for each layer. The gradients lie in one too: a layer that
 bfloat16 copies, renewed once after each update, instead of being cast by autocast in every forward pass.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from ctypes import c_float, c_long
+from ctypes import Structure, byref, c_float, c_long
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ FAN_IN = 400
 """Inputs of a layer whose weights move by the learning rate itself."""
 SQUARES = 4096
 """Numbers of the gradient whose squares are summed into one first (`native/adam.c`)."""
+LARGEST = 1e12
+"""Norm of a gradient that is updated from before it is known exactly: its squares are float32 numbers."""
 BIASES = 8.0
 """Multiple of the learning rate for biases."""
 
@@ -55,6 +58,12 @@ def multiples(model: nn.Module, rates: str) -> dict[int, float]:
             found[id(layer.weight)] = math.sqrt(FAN_IN * outputs / layer.weight.numel())
             found[id(layer.bias)] = BIASES
     return found
+
+
+class Constants(Structure):
+    """What one update of Adam's is made with, see `native/adam.h`."""
+
+    _fields_ = tuple((name, c_float) for name in ("lr", "scale", "beta1", "rest1", "beta2", "rest2", "of_m", "of_g", "root", "eps"))
 
 
 class Adam:
@@ -77,6 +86,7 @@ class Adam:
         self.count = torch.zeros(len(parts), device=weights.device)
         self.taken = 0
         self.sizes = [size for size, _ in parts]
+        self.parts = (c_long * len(parts))(*self.sizes), (c_float * len(parts))(*self.multiples)
         self.kernels = library() if weights.device.type == "cpu" else None
 
     def step(self, lr: float, scale: float = 1.0, clear: bool = True) -> None:
@@ -86,17 +96,30 @@ class Adam:
         if self.kernels is None:
             self._step_of_torch(lr, scale)
             return
-        self.taken = t = self.taken + 1
+        constants = self.next(lr, scale)
+        self.taken += 1
+        self.kernels.adam(
+            self.weights.data_ptr(), self.gradient.data_ptr(), self.mean.data_ptr(), self.square.data_ptr(), *self.parts,
+            len(self.sizes), byref(constants), clear, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def next(self, lr: float, scale: float = 1.0) -> Constants:
+        """Of the next update."""
+        t = self.taken + 1
         of_mean, of_gradient = 1 / (1 - BETA1**t), 0.0
         if self.nesterov:
             of_mean, of_gradient = BETA1 / (1 - BETA1 ** (t + 1)), (1 - BETA1) * of_mean
-        count = len(self.sizes)
-        self.kernels.adam(
-            self.weights.data_ptr(), self.gradient.data_ptr(), self.mean.data_ptr(), self.square.data_ptr(),
-            (c_long * count)(*self.sizes), (c_float * count)(*(lr * multiple for multiple in self.multiples)), count,
-            scale, BETA1, 1 - BETA1, self.beta2, 1 - self.beta2, of_mean, of_gradient, math.sqrt(1 - self.beta2**t), EPSILON, clear,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        root = math.sqrt(1 - self.beta2**t)
+        return Constants(
+            lr, scale, BETA1, 1 - BETA1, self.beta2, 1 - self.beta2, of_mean, of_gradient, root, EPSILON
+        )
+
+    def place(self, weight: int) -> tuple[int, int, float]:
+        """Where the moments of the weight at an address are, and its multiple of the learning rate."""
+        offset = weight - self.weights.data_ptr()
+        ends = itertools.accumulate(self.sizes)
+        multiple = next(multiple for end, multiple in zip(ends, self.multiples, strict=True) if offset < 4 * end)
+        return self.mean.data_ptr() + offset, self.square.data_ptr() + offset, multiple
 
     def counts(self) -> Tensor:
         """Updates of each part so far, as torch's kernel counts them."""
@@ -205,7 +228,7 @@ class Optimiser:
             self.muon = torch.optim.Muon(wide, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, step: int, skip: bool = False, norm: float | None = None) -> float:
+    def step(self, step: int, skip: bool = False, norm: float | None = None, updated: bool = False) -> float:
         """One update from the parameters' gradients, which are cleared; returns the gradient's norm before clipping.
 
         Nothing is updated where the norm is not finite, or with `skip`.
@@ -214,7 +237,12 @@ class Optimiser:
             step: of all.
             skip: whether to leave the weights as they are.
             norm: of the gradient, where the next pass sets it rather than adds to it: then it need not be cleared.
+            updated: whether the pass has made Adam's update itself, with the constants of `ahead`.
         """
+        if updated and norm is not None:
+            self.adam.taken += 1
+            self._average(step)
+            return norm
         if self.copies:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p, _, _ in self.copies]
             torch._foreach_copy_([g for _, _, g in self.copies], grads)  # type: ignore[attr-defined]
@@ -230,7 +258,7 @@ class Optimiser:
 
     def _update(self, step: int, norm: float, clear: bool) -> None:
         scale = self.clip / norm if 0 < self.clip < norm else 1.0
-        lr = self.lr * self.schedule(step / self.steps)
+        lr = self._lr(step)
         self.adam.step(lr, scale, clear)
         if self.muon is not None:
             rest = self.gradient[len(self.adam.gradient) :]
@@ -240,8 +268,21 @@ class Optimiser:
             rest.zero_()
         if self.copies:
             torch._foreach_copy_([p for p, _, _ in self.copies], [w for _, w, _ in self.copies])  # type: ignore[attr-defined]
+        self._average(step)
+
+    def _lr(self, step: int) -> float:
+        return self.lr * self.schedule(step / self.steps)
+
+    def _average(self, step: int) -> None:
         if self.averaged is not None:
             self.averaged.lerp_(self.master, 1 - min(self.average, (1 + step) / (10 + step)))
+
+    def ahead(self, step: int) -> tuple[Constants, float] | None:
+        """For a pass that updates the weights itself: with what, and the largest norm of a gradient that is neither clipped nor
+        too large for its square; None where Adam is not all there is to an update."""
+        if self.adam.kernels is None or self.muon is not None or self.copies:
+            return None
+        return self.adam.next(self._lr(step)), min(self.clip or math.inf, LARGEST)
 
     def _norm(self) -> float:
         """Of the whole gradient, whatever the number of threads."""

@@ -125,7 +125,7 @@ def fit(
                 _restore(start, model, optimiser, meter, device)
             own = precision.name == "bfloat16" and device.type == "cpu"
             size = pixels[0].numel()
-            whole = fused(model, objective, size, training.batch_size, training.k) if own else None
+            whole = fused(model, objective, size, training.batch_size, training.k, optimiser) if own else None
             buffers = [] if whole else list(model.buffers())  # which a network may change in its forward pass
             noise = torch.Generator(device)
             pace = Pace(chooses=whole is not None and optimiser.muon is None)
@@ -141,7 +141,7 @@ def fit(
                     c = None if labels is None else labels[batch]
                     before = [buffer.clone() for buffer in buffers]
                     passed = differentiate(x, c, noise, step)
-                    norm = optimiser.step(step, not math.isfinite(passed.loss), passed.gradient_norm)
+                    norm = optimiser.step(step, not math.isfinite(passed.loss), passed.gradient_norm, passed.updated)
                     if math.isfinite(passed.loss) and math.isfinite(norm):
                         meter.add(passed, norm, training.clip)
                     else:

@@ -1,27 +1,21 @@
-/* Adam on flat float32 weights, in one pass over them: `vaelab.optim` says what the arguments are.
+/* Adam on flat float32 weights, in one pass over them, and the sum of the squares of the gradient. */
 
-       m = beta1 m + rest1 g      v = beta2 v + rest2 g^2      w -= rate (of_m m + of_g g) / (sqrt(v) / root + eps)
+#include "adam.h"
 
-   where g is scale times the gradient, rest = 1 - beta, root = sqrt(1 - beta2^t), and of_m, of_g hold the correction of m's
-   bias, and Nesterov's look ahead. The gradient is cleared where it will be added to. */
+#define RUN 4096 /* numbers that a thread updates before it clears their gradient */
 
-#include "tiles.h"
-
-void adam(float *restrict w, float *restrict g, float *restrict m, float *restrict v, const long *sizes, const float *rates,
-          long parts, float scale, float beta1, float rest1, float beta2, float rest2, float of_m, float of_g, float root,
-          float eps, int clear, int threads) {
+/* The weights are `parts` one after the other, of `sizes`, with `multiples` of the learning rate. The gradient is cleared where it will be added to. */
+void adam(float *w, float *g, float *m, float *v, const long *sizes, const float *multiples, long parts, const Adam *a, int clear,
+          int threads) {
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
         for (long p = 0, begin = 0; p < parts; begin += sizes[p], p++) {
-            const float rate = rates[p], unroot = 1 / root;
-#pragma omp for simd schedule(static) nowait
-            for (long i = begin; i < begin + sizes[p]; i++) {
-                float gradient = scale * g[i];
-                m[i] = beta1 * m[i] + rest1 * gradient;
-                v[i] = beta2 * v[i] + rest2 * gradient * gradient;
-                w[i] -= rate * (of_m * m[i] + of_g * gradient) / (sqrtf(v[i]) * unroot + eps);
-                if (clear) g[i] = 0;
+#pragma omp for schedule(static) nowait
+            for (long r = 0; r < (sizes[p] + RUN - 1) / RUN; r++) {
+                long i = begin + r * RUN, n = least(RUN, sizes[p] - r * RUN);
+                adam_run(a, multiples[p], g + i, w + i, m + i, v + i, n);
+                if (clear) memset(g + i, 0, n * sizeof *g);
             }
         }
         end_flushing(control);

@@ -18,8 +18,8 @@ import torch
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
-SOURCES = ("images.c", "linear.c", "convolution.c", "pixels.c", "step.c", "scoring.c", "shares.c", "adam.c", "start.c")
-HEADERS = ("tiles.h", "rows.h", "functions.h", "linear.h", "pixels.h")
+SOURCES = ("images.c", "linear.c", "exact.c", "convolution.c", "pixels.c", "step.c", "scoring.c", "shares.c", "adam.c", "start.c")
+HEADERS = ("tiles.h", "rows.h", "functions.h", "linear.h", "exact.h", "pixels.h", "adam.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
 COMPILERS = ("cc", "gcc", "clang")
@@ -28,8 +28,8 @@ SECONDS = 120
 
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "linear_forward": (*[_pointer] * 4, *[_long] * 3, _int, _pointer, _int),
-    "linear_backward": (*[_pointer] * 6, *[_long] * 3, _int, _pointer, _int),
+    "linear_forward": (*[_pointer] * 4, *[_long] * 3, _pointer, _int),
+    "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
     "convolution_down": (*[_pointer] * 6, _int),
     "convolution_up": (*[_pointer] * 6, _int),
     "convolution_weights": (*[_pointer] * 5, _int),
@@ -43,11 +43,11 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
     "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
     "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
-    "elbo_step": (*[_pointer] * 3, *[_long] * 3, _float, _int),
-    "adam": (*[_pointer] * 6, _long, *[_float] * 9, _int, _int),
+    "elbo_step": (*[_pointer] * 3, *[_long] * 3, _float, _pointer, ctypes.c_double, _int),
+    "adam": (*[_pointer] * 6, _long, _pointer, _int, _int),
     "squares": (*[_pointer] * 2, *[_long] * 2, _int),
 }
-RESULTS: dict[str, type] = {"squares": ctypes.c_double}
+RESULTS: dict[str, type] = {"squares": ctypes.c_double, "elbo_step": ctypes.c_int}
 
 
 class _Unavailable(Exception):

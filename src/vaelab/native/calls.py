@@ -10,10 +10,6 @@ from torch import Tensor
 
 from vaelab.native.build import library
 
-COARSE, FINE, FULL = 1, 2, 3
-"""Parts of a number that are multiplied, as in `tiles.h`: bfloat16 products, all but 2^-16 of a product, or what float32 gives."""
-
-
 def address(tensor: Tensor | None) -> int:
     """0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -50,10 +46,10 @@ def usual(x: Tensor) -> bool:
     return x.numel() > 0 and x.device.type == "cpu" and x.is_floating_point() and x.dtype != torch.float64
 
 
-def linear_room(m: int, n: int, k: int, parts: int = COARSE) -> int:
+def linear_room(m: int, n: int, k: int) -> int:
     """bfloat16 numbers of scratch that a linear layer of k inputs and n outputs needs for m rows, see `linear.c`."""
     m, n, k = up(m), up(n), up(k)
-    return parts * (2 * m * n + m * k + n * k)
+    return 2 * m * n + m * k + n * k
 
 
 def up(n: int) -> int:

@@ -5,6 +5,19 @@
 
 #include <immintrin.h>
 
+/* 1 / x for normal x: the processor's estimate of 14 bits, and one step of Newton's, in a quarter of the time of a division. */
+static inline __m512 reciprocal16(__m512 x) {
+    __m512 r = _mm512_rcp14_ps(x);
+    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(1.0f)), r);
+}
+
+/* The square root of x, which is 0 or normal, in the same way: y = x r, y + y (1 - y r) / 2. */
+static inline __m512 root16(__m512 x) {
+    __m512 r = _mm512_rsqrt14_ps(x), y = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), x, r);
+    r = _mm512_min_ps(r, _mm512_set1_ps(1e30f)); /* of 0 it is infinite */
+    return _mm512_fmadd_ps(_mm512_mul_ps(y, _mm512_set1_ps(0.5f)), _mm512_fnmadd_ps(y, r, _mm512_set1_ps(1.0f)), y);
+}
+
 /* 2^n times a polynomial of the rest, |rest| <= log(2) / 2. Below -87 it is e^-87: smaller numbers are not normal, and cost a
    hundred cycles each (a sum over a row of wide-spread exponents took ten times as long). */
 static inline __m512 exp16(__m512 x) {
@@ -24,8 +37,7 @@ static inline __m512 exp16(__m512 x) {
 }
 
 static inline __m512 sigmoid16(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    return reciprocal16(_mm512_add_ps(_mm512_set1_ps(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 /* sin x and cos x for |x| < 10^4 or so: the rest of x / (pi / 2), and which quarter of the circle it is in */

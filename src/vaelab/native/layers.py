@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vaelab.native import convolutions
 from vaelab.native.build import library
-from vaelab.native.calls import COARSE, address, kernels, linear_room, scratch, sink, usual
+from vaelab.native.calls import address, kernels, linear_room, scratch, sink, usual
 
 
 def accelerated_layers(model: nn.Module) -> list[nn.Module]:
@@ -79,7 +79,7 @@ class _Linear(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], n)
         room = scratch(linear_room(m, n, k))
         kernels().linear_forward(
-            x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), m, n, k, COARSE,
+            x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), m, n, k,
             room.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias)
@@ -99,7 +99,7 @@ class _Linear(torch.autograd.Function):
         (to, db) = sink(bias) if bias is not None and ctx.needs_input_grad[2] else (None, None)
         room = scratch(linear_room(m, n, k))
         kernels().linear_backward(
-            x.data_ptr(), weight.data_ptr(), dy.data_ptr(), address(into), address(to), address(dx), m, n, k, COARSE,
+            x.data_ptr(), weight.data_ptr(), dy.data_ptr(), address(into), address(to), address(dx), m, n, k,
             room.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return dx, dw, db

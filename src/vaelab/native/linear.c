@@ -1,35 +1,32 @@
-/* Linear layers: y = x w' + b, and what backward needs of it. Scratch is given by the caller, in bfloat16 numbers:
-
-       forward    parts (up(n) up(k) + up(m) up(k))
-       backward   parts (2 up(m) up(n) + up(m) up(k) + up(n) up(k))
+/* Linear layers: y = x w' + b, and what backward needs of it.
 
    A network's weights, gradients and moments do not fit the caches near a core, and what is read or written is new to them at
-   each step. So w is read row after row, as the processor expects; what is converted stays with the thread that needs it; and
-   dw is asked for one block ahead. */
+   each step. So w is read row after row, as the processor expects, once for both of its products; what is converted stays with
+   the thread that needs it; and dw is asked for one block ahead. */
+
+#include <omp.h>
 
 #include "linear.h"
 #include "rows.h"
 
-/* The 16 columns of x (m, n) from 16 j as rows of A: out (up(n), up(m)). */
-static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out, int parts, long part) {
+/* The 16 columns of x (m, n) from 16 j as rows of A: out (16, up(m)). */
+static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out) {
     __mmask16 inside = first16(n - 16 * j);
-    for (long i = 0; i < up(m); i += 32)
-        for (int p = 0; p < parts; p++) {
-            __m512i r[16];
-            for (long h = 0; h < 16; h++) {
-                const float *row = x + (i + 2 * h) * n + 16 * j;
-                __m512 a = _mm512_maskz_loadu_ps(i + 2 * h < m ? inside : 0, row);
-                __m512 b = _mm512_maskz_loadu_ps(i + 2 * h + 1 < m ? inside : 0, row + n);
-                for (int q = 0; q < p; q++) a = rest(a), b = rest(b);
-                r[h] = pairs(a, b);
-            }
-            transpose(r);
-            for (long h = 0; h < 16; h++) _mm512_storeu_si512(out + p * part + (16 * j + h) * up(m) + i, r[h]);
+    for (long i = 0; i < up(m); i += 32) {
+        __m512i r[16];
+        for (long h = 0; h < 16; h++) {
+            const float *row = x + (i + 2 * h) * n + 16 * j;
+            __m512 a = _mm512_maskz_loadu_ps(i + 2 * h < m ? inside : 0, row);
+            __m512 b = _mm512_maskz_loadu_ps(i + 2 * h + 1 < m ? inside : 0, row + n);
+            r[h] = pairs(a, b);
         }
+        transpose(r);
+        for (long h = 0; h < 16; h++) _mm512_storeu_si512(out + h * up(m) + i, r[h]);
+    }
 }
 
 /* x (depth, n) as B itself, K = up(depth): the panels from `begin` to `end`, row after row. */
-static inline void as_panels(const float *x, long depth, long n, long begin, long end, bf16 *out, int parts, long part) {
+static inline void as_panels(const float *x, long depth, long n, long begin, long end, bf16 *out) {
     long k = up(depth);
     for (long i = 0; i < k; i += 2)
         for (long j = begin; j < end; j++) {
@@ -37,10 +34,7 @@ static inline void as_panels(const float *x, long depth, long n, long begin, lon
             const float *row = x + i * n + j * HALF;
             __m512 a = _mm512_maskz_loadu_ps(i < depth ? inside : 0, row);
             __m512 b = _mm512_maskz_loadu_ps(i + 1 < depth ? inside : 0, row + n);
-            for (int p = 0; p < parts; p++) {
-                _mm512_storeu_si512(out + p * part + j * k * HALF + i * HALF, pairs(a, b));
-                if (p + 1 < parts) a = rest(a), b = rest(b);
-            }
+            _mm512_storeu_si512(out + j * k * HALF + i * HALF, pairs(a, b));
         }
 }
 
@@ -67,115 +61,154 @@ static inline void expect(const float *c, long m, long n, long i, long j) {
     }
 }
 
-/* Both with the number of parts known, so that the compiler makes one form of each. */
-static inline __attribute__((always_inline)) void forward_of(const float *x, const float *w, const float *bias, float *y, long m,
-                                                              long n, long k, const int parts, bf16 *scratch) {
-    long depth = up(k), blocks = up(n) / SIDE, part = up(n) * depth, other = up(m) * depth;
-    bf16 *rows = scratch, *columns = scratch + parts * part;
+/* Rows i and i + 1 of x (depth, n) on their way: as two rows of A, and as pairs of B, K = up(depth), where `panels` has room. */
+static inline void two_rows(const float *x, long depth, long n, long i, bf16 *rows, bf16 *panels) {
+    const float *one = x + i * n, *two = one + n;
+    __mmask16 first = i < depth ? 0xffff : 0, second = i + 1 < depth ? 0xffff : 0;
+    for (long j = 0; j < up(n); j += 32) {
+        __mmask16 left = first16(n - j), right = first16(n - j - 16);
+        __m512 a = _mm512_maskz_loadu_ps(left & first, one + j), b = _mm512_maskz_loadu_ps(right & first, one + j + 16);
+        __m512 c = _mm512_maskz_loadu_ps(left & second, two + j), d = _mm512_maskz_loadu_ps(right & second, two + j + 16);
+        _mm512_storeu_si512(rows + j, narrow(a, b));
+        _mm512_storeu_si512(rows + up(n) + j, narrow(c, d));
+        if (panels) {
+            bf16 *to = panels + j * up(depth) + i * HALF;
+            _mm512_storeu_si512(to, pairs(a, c));
+            _mm512_storeu_si512(to + up(depth) * HALF, pairs(b, d));
+        }
+    }
+}
+
+/* 16 rows of x (m, k) from row i as the columns of a panel of B, K = up(k), and as pairs of B with K = up(m) where `inputs` has
+   room. Returns the sum of their squares. */
+static inline double sixteen_rows(const float *x, long m, long k, long i, bf16 *columns, bf16 *inputs) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long j = 0; j < up(k); j += 32) {
+        __m512i r[16];
+        __mmask16 left = first16(k - j), right = first16(k - j - 16);
+        for (long h = 0; h < 16; h += 2) {
+            const float *row = x + (i + h) * k + j;
+            __mmask16 first = i + h < m ? 0xffff : 0, second = i + h + 1 < m ? 0xffff : 0;
+            __m512 a = _mm512_maskz_loadu_ps(left & first, row), b = _mm512_maskz_loadu_ps(right & first, row + 16);
+            __m512 c = _mm512_maskz_loadu_ps(left & second, row + k), d = _mm512_maskz_loadu_ps(right & second, row + k + 16);
+            squares = _mm512_fmadd_ps(a, a, _mm512_fmadd_ps(b, b, squares));
+            squares = _mm512_fmadd_ps(c, c, _mm512_fmadd_ps(d, d, squares));
+            r[h] = narrow(a, b);
+            r[h + 1] = narrow(c, d);
+            if (inputs) {
+                bf16 *to = inputs + j * up(m) + (i + h) * HALF;
+                _mm512_storeu_si512(to, pairs(a, c));
+                _mm512_storeu_si512(to + up(m) * HALF, pairs(b, d));
+            }
+        }
+        transpose(r);
+        for (int h = 0; h < 16; h++) _mm512_storeu_si512(columns + j * HALF + h * 32, r[h]);
+    }
+    return _mm512_reduce_add_ps(squares);
+}
+
+void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, Kept kept,
+                           double *size, bf16 *scratch, bf16 *alone) {
+    long depth = up(k);
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
+    double squares = 0;
     begin_tiles();
 #pragma omp for schedule(static)
-    for (long j = 0; j < up(m) / HALF; j++)
-        panel(x + j * HALF * k, m - j * HALF, k, columns + j * HALF * depth, parts, other);
+    for (long j = 0; j < up(m); j += HALF) squares += sixteen_rows(x, m, k, j, scratch + j * depth, kept.inputs);
 #pragma omp for schedule(static)
-    for (long t = 0; t < blocks; t++) {
-        for (long i = t * SIDE; i < (t + 1) * SIDE; i++) as_row(w, n, k, i, rows, parts, part);
+    for (long t = 0; t < up(n); t += SIDE) {
+        for (long i = 0; i < SIDE; i += 2) two_rows(w, n, k, t + i, alone + i * depth, kept.weights);
         for (long i = 0; i < m; i += SIDE) {
-            Panels b = {columns + i * depth, HALF * depth, other, parts};
-            block((Rows){rows + t * SIDE * depth, depth, part}, b, depth, parts, sums, SIDE);
-            put_transposed(sums, bias, m, n, i, t * SIDE, y);
+            block((Rows){alone, depth, 0}, (Panels){scratch + i * depth, HALF * depth, 0, COARSE}, depth, COARSE, sums, SIDE);
+            put_transposed(sums, b, m, n, i, t, y);
         }
     }
     end_tiles();
+    if (size) {
+#pragma omp atomic
+        *size += squares;
+    }
 }
 
-static inline __attribute__((always_inline)) void backward_of(const float *x, const float *w, const float *dy, float *dw,
-                                                               float *db, float *dx, long m, long n, long k, const int parts,
-                                                               int add, double *squares, bf16 *scratch, int threads) {
-    long mn = up(m) * up(n), mk = up(m) * up(k), nk = up(n) * up(k);
-    bf16 *down = scratch, *inputs = down + parts * mn, *across = inputs + parts * mk, *weights = across + parts * mn;
-    long panels = up(k) / HALF, strip = (panels + threads - 1) / threads;
+void linear_input_shared(const float *dy, const bf16 *weights, float *dx, long m, long n, long k, double *size, bf16 *scratch) {
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
+    double squares = 0;
     begin_tiles();
-    if (dw) {
 #pragma omp for schedule(static)
-        for (long s = 0; s < threads; s++)
-            as_panels(x, m, k, least(panels, s * strip), least(panels, (s + 1) * strip), inputs, parts, mk);
+    for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, scratch, COARSE, 0);
 #pragma omp for schedule(static) nowait
-        for (long t = 0; t < up(n) / SIDE; t++) {
-            double total = 0;
-            as_16_rows(dy, m, n, 2 * t, down, parts, mn);
-            as_16_rows(dy, m, n, 2 * t + 1, down, parts, mn);
-            expect(dw, n, k, t * SIDE, 0);
-            for (long j = 0; j < up(k); j += SIDE) {
-                if (j + SIDE < k) expect(dw, n, k, t * SIDE, j + SIDE);
-                Panels b = {inputs + j * up(m), HALF * up(m), mk, parts};
-                block((Rows){down + t * SIDE * up(m), up(m), mn}, b, up(m), parts, sums, SIDE);
-                total += put(sums, add, n, k, t * SIDE, j, dw);
-            }
-            if (squares) squares[t] = total;
+    for (long j = 0; j < up(k); j += SIDE)
+        for (long i = 0; i < m; i += SIDE) {
+            Panels b = {weights + j * up(n), HALF * up(n), 0, COARSE};
+            block((Rows){scratch + i * up(n), up(n), 0}, b, up(n), COARSE, sums, SIDE);
+            squares += put(sums, 0, m, k, i, j, dx);
         }
-    }
-    if (db) {
-#pragma omp for schedule(static) nowait
-        for (long j = 0; j < up(n); j += HALF) {
-            __mmask16 inside = first16(n - j);
-            __m512 sum = add ? _mm512_maskz_loadu_ps(inside, db + j) : _mm512_setzero_ps();
-            for (long i = 0; i < m; i++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, dy + i * n + j));
-            _mm512_mask_storeu_ps(db + j, inside, sum);
-            if (squares) squares[up(n) / SIDE + j / HALF] = _mm512_reduce_add_ps(_mm512_mul_ps(sum, sum));
-        }
-    }
-    if (dx) {
-#pragma omp for schedule(static) nowait
-        for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, across, parts, mn);
-#pragma omp for schedule(static)
-        for (long s = 0; s < threads; s++)
-            as_panels(w, n, k, least(panels, s * strip), least(panels, (s + 1) * strip), weights, parts, nk);
-#pragma omp for schedule(static) nowait
-        for (long j = 0; j < up(k); j += SIDE)
-            for (long i = 0; i < m; i += SIDE) {
-                Panels b = {weights + j * up(n), HALF * up(n), nk, parts};
-                block((Rows){across + i * up(n), up(n), mn}, b, up(n), parts, sums, SIDE);
-                put(sums, 0, m, k, i, j, dx);
-            }
+    end_tiles();
+    if (size) {
+#pragma omp atomic
+        *size += squares;
     }
 #pragma omp barrier
-    end_tiles();
 }
 
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, int parts,
-                           bf16 *scratch) {
-    if (parts == FULL)
-        forward_of(x, w, b, y, m, n, k, FULL, scratch);
-    else
-        forward_of(x, w, b, y, m, n, k, COARSE, scratch);
+double linear_rows(const float *dy, const bf16 *inputs, float *dw, float *db, long m, long n, long k, long t, int add,
+                   bf16 *alone) {
+    float sums[SIDE * SIDE] __attribute__((aligned(64)));
+    double total = 0;
+    if (dw) {
+        long rows = least(SIDE, n - t * SIDE);
+        for (int h = 0; h < 2; h++) as_16_rows(dy, m, n, 2 * t + h, alone + h * HALF * up(m));
+        expect(dw, rows, k, 0, 0);
+        for (long j = 0; j < up(k); j += SIDE) {
+            if (j + SIDE < k) expect(dw, rows, k, 0, j + SIDE);
+            Panels b = {inputs + j * up(m), HALF * up(m), 0, COARSE};
+            block((Rows){alone, up(m), 0}, b, up(m), COARSE, sums, SIDE);
+            total += put(sums, add, rows, k, 0, j, dw);
+        }
+    }
+    if (db)
+        for (long h = 0; h < SIDE; h += HALF) {
+            __mmask16 inside = first16(n - t * SIDE - h);
+            const float *from = dy + t * SIDE + h;
+            __m512 sum = add ? _mm512_maskz_loadu_ps(inside, db + h) : _mm512_setzero_ps();
+            for (long i = 0; i < m; i++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, from + i * n));
+            _mm512_mask_storeu_ps(db + h, inside, sum);
+            total += _mm512_reduce_add_ps(_mm512_mul_ps(sum, sum));
+        }
+    return total;
 }
 
-void linear_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
-                            long k, int parts, int add, double *squares, bf16 *scratch, int threads) {
-    if (parts == FINE)
-        backward_of(x, w, dy, dw, db, dx, m, n, k, FINE, add, squares, scratch, threads);
-    else
-        backward_of(x, w, dy, dw, db, dx, m, n, k, COARSE, add, squares, scratch, threads);
-}
-
-void linear_forward(const float *x, const float *w, const float *b, float *y, long m, long n, long k, int parts, bf16 *scratch,
-                    int threads) {
+void linear_forward(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
-        linear_forward_shared(x, w, b, y, m, n, k, parts, scratch);
+        bf16 *alone = scratch + up(m) * up(k) + omp_get_thread_num() * SIDE * up(k);
+        linear_forward_shared(x, w, b, y, m, n, k, (Kept){0, 0}, 0, scratch, alone);
         end_flushing(control);
     }
 }
 
+/* dw and db are added to; each of dw, db and dx may be null. */
 void linear_backward(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n, long k,
-                     int parts, bf16 *scratch, int threads) {
+                     bf16 *scratch, int threads) {
+    bf16 *across = scratch, *inputs = across + up(m) * up(n), *weights = inputs + up(m) * up(k);
+    long panels = up(k) / HALF, strip = (panels + threads - 1) / threads;
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
-        linear_backward_shared(x, w, dy, dw, db, dx, m, n, k, parts, 1, 0, scratch, threads);
+        bf16 *alone = weights + up(n) * up(k) + omp_get_thread_num() * SIDE * up(m);
+#pragma omp for schedule(static)
+        for (long s = 0; s < threads; s++) {
+            long begin = least(panels, s * strip), end = least(panels, (s + 1) * strip);
+            if (dw) as_panels(x, m, k, begin, end, inputs);
+            if (dx) as_panels(w, n, k, begin, end, weights);
+        }
+        if (dx) linear_input_shared(dy, weights, dx, m, n, k, 0, across);
+        begin_tiles();
+#pragma omp for schedule(static)
+        for (long t = 0; t < up(n) / SIDE; t++)
+            linear_rows(dy, inputs, dw ? dw + t * SIDE * k : 0, db ? db + t * SIDE : 0, m, n, k, t, 1, alone);
+        end_tiles();
         end_flushing(control);
     }
 }

@@ -1,20 +1,34 @@
-/* The products of a linear layer. x (m, k), w (n, k), b (n), y and its gradient dy (m, n), all float32 by rows.
+/* The products of a linear layer, of bfloat16 numbers with float32 sums. x (m, k), w (n, k), b (n), y and its gradient dy (m, n),
+   all float32 by rows.
 
-   `parts` is COARSE, products of bfloat16 numbers with float32 sums, or more (`tiles.h`); FULL is for forward, FINE for backward.
-   All threads of a parallel region call these together, and none goes on before all are done. */
+   All threads of a parallel region call the first two together, and none goes on before all are done. Scratch, in bfloat16
+   numbers:
+
+                       of all threads     of each alone
+       forward         up(m) up(k)        32 up(k)
+       input           up(m) up(n)
+       rows                               32 up(m) */
 
 #ifndef LINEAR_H
 #define LINEAR_H
 
 #include "tiles.h"
 
-/* y = x w' + b, b or null */
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, int parts,
-                           bf16 *scratch);
+/* What forward keeps for the way back, as panels of B: x with K = up(m), and w with K = up(n); each null or room. */
+typedef struct {
+    bf16 *inputs, *weights;
+} Kept;
 
-/* dw = dy' x and db = the sums of dy over rows, or += where `add`; dx = dy w. Each of the three may be null. `squares`, or
-   null, is given the sums of squares of dw and db, in up(n) / 32 and up(n) / 16 parts. */
-void linear_backward_shared(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n,
-                            long k, int parts, int add, double *squares, bf16 *scratch, int threads);
+/* y = x w' + b, b or null. Adds the sum of the squares of x to *size, if there is one, in any order. */
+void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, Kept kept,
+                           double *size, bf16 *scratch, bf16 *alone);
+
+/* dx = dy w, w as kept. Adds the sum of the squares of dx to *size, as above. */
+void linear_input_shared(const float *dy, const bf16 *weights, float *dx, long m, long n, long k, double *size, bf16 *scratch);
+
+/* The 32 rows of dw = dy' x from row 32 t, or += where `add`, x as kept: dw has their place, or is null. db likewise, the sums of
+   dy over rows. Of one thread; returns the sum of the squares of both. */
+double linear_rows(const float *dy, const bf16 *inputs, float *dw, float *db, long m, long n, long k, long t, int add,
+                   bf16 *alone);
 
 #endif

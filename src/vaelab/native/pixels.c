@@ -1,8 +1,9 @@
 #include "pixels.h"
 
-void bernoulli_shared(const float *logits, const float *x, float *log_p, float *residual, float scale, long rows, long images,
-                      long pixels) {
-#pragma omp for schedule(static)
+void bernoulli_shared(const float *logits, const float *x, float *log_p, float *residual, float scale, double *size, long rows,
+                      long images, long pixels) {
+    __m512 squares = _mm512_setzero_ps();
+#pragma omp for schedule(static) nowait
     for (long r = 0; r < rows; r++) {
         const float *l = logits + r * pixels, *image = x + r % images * pixels;
         Score s = score_begin();
@@ -10,14 +11,22 @@ void bernoulli_shared(const float *logits, const float *x, float *log_p, float *
             __mmask16 inside = first16(pixels - j);
             __m512 rest = score_add(&s, _mm512_maskz_loadu_ps(inside, l + j), _mm512_maskz_loadu_ps(inside, image + j),
                                     inside);
-            if (residual) _mm512_mask_storeu_ps(residual + r * pixels + j, inside, _mm512_mul_ps(_mm512_set1_ps(scale), rest));
+            rest = _mm512_mul_ps(_mm512_set1_ps(scale), rest);
+            squares = _mm512_mask3_fmadd_ps(rest, rest, squares, inside);
+            if (residual) _mm512_mask_storeu_ps(residual + r * pixels + j, inside, rest);
         }
         log_p[r] = score_end(&s);
     }
+    if (size) {
+        double sum = _mm512_reduce_add_ps(squares);
+#pragma omp atomic
+        *size += sum;
+    }
+#pragma omp barrier
 }
 
 void bernoulli(const float *logits, const float *x, float *log_p, float *residual, long rows, long images, long pixels,
                int threads) {
 #pragma omp parallel num_threads(threads)
-    bernoulli_shared(logits, x, log_p, residual, 1.0f, rows, images, pixels);
+    bernoulli_shared(logits, x, log_p, residual, 1.0f, 0, rows, images, pixels);
 }

@@ -39,7 +39,7 @@ static inline __m512 score_add(Score *s, __m512 l, __m512 x, __mmask16 inside) {
     s->product = _mm512_mask_mul_ps(s->product, inside, s->product, factor);
     if (++s->count == 64) score_flush(s);
     __mmask16 below = _mm512_cmp_ps_mask(l, zero, _CMP_LT_OQ);
-    return _mm512_sub_ps(x, _mm512_div_ps(_mm512_mask_mov_ps(one, below, e), factor));
+    return _mm512_sub_ps(x, _mm512_mul_ps(_mm512_mask_mov_ps(one, below, e), reciprocal16(factor)));
 }
 
 static inline float score_end(Score *s) {
@@ -48,8 +48,9 @@ static inline float score_end(Score *s) {
 }
 
 /* logits (rows, pixels), x (images, pixels), log_p (rows); row r is about image r % images. residual is scale (x - mean), of
-   the shape of the logits, and may be their own memory, or null. All threads of a parallel region call it together. */
-void bernoulli_shared(const float *logits, const float *x, float *log_p, float *residual, float scale, long rows, long images,
-                      long pixels);
+   the shape of the logits, and may be their own memory, or null; the sum of its squares is added to *size, if there is one, in
+   any order. All threads of a parallel region call it together. */
+void bernoulli_shared(const float *logits, const float *x, float *log_p, float *residual, float scale, double *size, long rows,
+                      long images, long pixels);
 
 #endif

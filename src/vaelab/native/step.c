@@ -4,34 +4,48 @@
    operations below, and what is differentiated is the mean over images of distortion + beta rate (`vaelab.objectives.ELBO`).
    `step.py` makes the chains from a model's modules. All else is done by autograd, with the same results. */
 
-#include "functions.h"
+#include <omp.h>
+
+#include "adam.h"
+#include "exact.h"
 #include "linear.h"
 #include "pixels.h"
 
 enum { LINEAR, EXACT, ADD, SUBTRACT, RELU, SILU, WAVES };
 
-/* (rows, inputs) to value (rows, outputs).
-   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products in COARSE or FULL parts (FINE on the way back); dw and db
-                   are set, or null, and the sums of their squares
+/* Weights or biases, their gradient, and Adam's moments of them, and their multiple of its learning rate. */
+typedef struct {
+    float *at, *gradient, *mean, *square;
+    float multiple;
+} Parameter;
+
+/* (rows, inputs) to value (rows, outputs), and on the way back `gradient`, of the value.
+   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products of bfloat16 or float32 numbers; LINEAR has room for what is
+                   kept; where dw or db is not null it is set, and the sums of the squares of both
    ADD, SUBTRACT   w (outputs): a constant
-   WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants */
+   WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants
+   size and slope are the sums of the squares of x, and of the gradient or more. */
 typedef struct {
     long kind, inputs, outputs;
-    const float *w, *b;
-    float *dw, *db, *value;
-    double *squares;
+    Parameter w, b;
+    float *value, *gradient;
+    double *squares, size, slope;
+    Kept kept;
 } Operation;
 
-/* What a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate and distortion;
-   two rooms for the gradient of the widest operation; sums of squares of the gradients, `blocks` of them; scratch. */
+/* What a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate, of distortion and
+   of the squares of the gradient, whose parts are `blocks`; scratch of all threads, and `each` numbers of each. */
 typedef struct {
     Operation *encoder, *decoder;
     long encoders, decoders, dim;
-    float *code, *code_gradient, *log_px, *rate, *gradient, *other;
+    float *code, *code_gradient, *log_px, *rate;
     double *sums, *squares;
     long blocks;
-    void *scratch;
+    bf16 *scratch, *alone;
+    long each;
 } Plan;
+
+static int linear(const Operation *o) { return o->kind == LINEAR || o->kind == EXACT; }
 
 static void elementwise(const Operation *o, const float *x, long m) {
     long n = o->outputs;
@@ -42,8 +56,8 @@ static void elementwise(const Operation *o, const float *x, long m) {
             __m512 v = _mm512_maskz_loadu_ps(inside, x + i * n + j);
             if (o->kind == RELU) v = _mm512_max_ps(_mm512_setzero_ps(), v);
             if (o->kind == SILU) v = _mm512_mul_ps(v, sigmoid16(v));
-            if (o->kind == SUBTRACT) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(inside, o->w + j));
-            if (o->kind == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, o->w + j));
+            if (o->kind == SUBTRACT) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(inside, o->w.at + j));
+            if (o->kind == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, o->w.at + j));
             _mm512_mask_storeu_ps(o->value + i * n + j, inside, v);
         }
 }
@@ -68,10 +82,10 @@ static void elementwise_backward(const Operation *o, const float *x, float *dy, 
 
 /* The argument of wave j to j + 15 of row i. */
 static inline __m512 phase(const Operation *o, const float *x, long i, long j, __mmask16 inside) {
-    __m512 sum = _mm512_maskz_loadu_ps(inside, o->b + j);
+    __m512 sum = _mm512_maskz_loadu_ps(inside, o->b.at + j);
     for (long d = 0; d < o->inputs; d++)
         sum = _mm512_fmadd_ps(_mm512_set1_ps(x[i * o->inputs + d]),
-                              _mm512_maskz_loadu_ps(inside, o->w + d * (o->outputs - o->inputs) + j), sum);
+                              _mm512_maskz_loadu_ps(inside, o->w.at + d * (o->outputs - o->inputs) + j), sum);
     return sum;
 }
 
@@ -102,43 +116,89 @@ static void waves_backward(const Operation *o, const float *x, const float *dy, 
             __m512 slope = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps((float)M_SQRT2), cosine),
                                          _mm512_maskz_loadu_ps(inside, from + k + j));
             for (long d = 0; d < k; d++)
-                dx[i * k + d] += _mm512_reduce_add_ps(_mm512_mul_ps(slope, _mm512_maskz_loadu_ps(inside, o->w + d * count + j)));
+                dx[i * k + d] += _mm512_reduce_add_ps(_mm512_mul_ps(slope, _mm512_maskz_loadu_ps(inside, o->w.at + d * count + j)));
         }
     }
 }
 
-static const float *forward(const Operation *o, long count, const float *x, long m, void *scratch) {
+/* The sum of the squares of x (rows, n), which no product has read in passing; added in any order. */
+static void measure(const float *x, long rows, long n, double *size) {
+    __m512 squares = _mm512_setzero_ps();
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < n; j += 16) {
+            __m512 v = _mm512_maskz_loadu_ps(first16(n - j), x + i * n + j);
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+    double sum = _mm512_reduce_add_ps(squares);
+#pragma omp atomic
+    *size += sum;
+}
+
+static const float *forward(Operation *o, long count, const float *x, long m, const Plan *p, bf16 *alone) {
     for (; count--; x = o++->value) {
-        if (o->kind == LINEAR || o->kind == EXACT)
-            linear_forward_shared(x, o->w, o->b, o->value, m, o->outputs, o->inputs, o->kind == EXACT ? FULL : COARSE, scratch);
+        if (o->kind == LINEAR)
+            linear_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, o->kept, &o->size, p->scratch, alone);
+        else if (o->kind == EXACT)
+            exact_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, (float *)alone);
         else if (o->kind == WAVES)
             waves(o, x, m);
         else
             elementwise(o, x, m);
+        if (o->kind == EXACT) measure(x, m, o->inputs, &o->size);
     }
     return x;
 }
 
-/* From the gradient of the last value, in p->gradient, to that of x where `needed`; returns where it is. */
-static float *backward(const Operation *first, long count, const float *x, long m, const Plan *p, int needed, int threads) {
-    float *dy = p->gradient, *dx = p->other;
-    for (const Operation *o = first + count - 1; o >= first; o--) {
+/* From the gradient of the last value to those of all others, and to that of x where dx is not null. */
+static void backward(Operation *first, long count, const float *x, float *dx, long m, const Plan *p) {
+    for (Operation *o = first + count - 1; o >= first; o--) {
         const float *input = o == first ? x : o[-1].value;
-        float *to = o > first || needed ? dx : 0;
-        if (o->kind == LINEAR || o->kind == EXACT)
-            linear_backward_shared(input, o->w, dy, o->dw, o->db, to, m, o->outputs, o->inputs, o->kind == EXACT ? FINE : COARSE,
-                                   0, o->squares, p->scratch, threads);
+        float *to = o == first ? dx : o[-1].gradient;
+        double *slope = o == first ? 0 : &o[-1].slope;
+        if (!to) return;
+        if (o->kind == LINEAR)
+            linear_input_shared(o->gradient, o->kept.weights, to, m, o->outputs, o->inputs, slope, p->scratch);
+        else if (o->kind == EXACT)
+            exact_input_shared(o->gradient, o->w.at, to, m, o->outputs, o->inputs, slope);
         else if (o->kind == WAVES)
-            waves_backward(o, input, dy, dx, m);
+            waves_backward(o, input, o->gradient, to, m);
         else {
-            elementwise_backward(o, input, dy, m);
-            continue; /* in its place */
+            elementwise_backward(o, input, to, m); /* in its place */
+#pragma omp master
+            if (slope) *slope = 1.21 * o->slope; /* no slope is above 1.1 */
         }
-        float *swap = dy;
-        dy = dx;
-        dx = swap;
     }
-    return dy;
+}
+
+/* The gradients of weights and biases, some rows at a time, or, where Adam is given, their update: then a gradient stays near the
+   core, and 3 numbers a weight are read and written instead of 5. */
+static void parameters(Operation *first, long count, const float *x, long m, const Adam *adam, bf16 *alone) {
+    float *own = (float *)(alone + SIDE * up(m)), own_b[SIDE];
+    for (Operation *o = first + count - 1; o >= first; o--) {
+        long k = o->inputs, n = o->outputs, step = o->kind == EXACT ? ROWS : SIDE;
+        const float *input = o == first ? x : o[-1].value;
+        if (!linear(o) || !(o->w.gradient || o->b.gradient)) continue;
+#pragma omp for schedule(static) nowait
+        for (long t = 0; t < (n + step - 1) / step; t++) {
+            long rows = least(step, n - t * step), at = t * step;
+            float *dw = !o->w.gradient ? 0 : adam ? own : o->w.gradient + at * k;
+            float *db = !o->b.gradient ? 0 : adam ? own_b : o->b.gradient + at;
+            o->squares[t] = o->kind == EXACT ? exact_rows(o->gradient, input, dw, db, m, n, k, t)
+                                             : linear_rows(o->gradient, o->kept.inputs, dw, db, m, n, k, t, 0, alone);
+            if (adam && dw)
+                adam_run(adam, o->w.multiple, dw, o->w.at + at * k, o->w.mean + at * k, o->w.square + at * k, rows * k);
+            if (adam && db) adam_run(adam, o->b.multiple, db, o->b.at + at, o->b.mean + at, o->b.square + at, rows);
+        }
+    }
+}
+
+/* No less than the square of the gradient's norm: that of a layer's is at most the product of those of dy and x. */
+static double bound(const Operation *o, long count, long m) {
+    double total = 0;
+    for (; count--; o++)
+        if (linear(o)) total += o->slope * (o->size + m);
+    return total;
 }
 
 /* z = mean + sigma eps, and the rate of each image; parameters (images, 2 dim) are the means and the log variances. */
@@ -165,10 +225,11 @@ static void draw(const Plan *p, const float *parameters, const float *noise, lon
 }
 
 /* The gradient of the parameters, from that of the codes and of beta / images times the rate. */
-static void draw_backward(const Plan *p, const float *parameters, const float *noise, const float *dz, float weight,
-                          long images, long k) {
+static void draw_backward(const Plan *p, const float *parameters, const float *noise, float weight, long images, long k,
+                          float *to, double *size) {
     long dim = p->dim;
     const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f), share = _mm512_set1_ps(weight);
+    __m512 squares = _mm512_setzero_ps();
 #pragma omp for schedule(static)
     for (long i = 0; i < images; i++)
         for (long j = 0; j < dim; j += 16) {
@@ -180,36 +241,59 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
             __m512 of_log_std = _mm512_mul_ps(share, _mm512_sub_ps(variance, one));
             for (long s = 0; s < k; s++) {
                 long at = (s * images + i) * dim + j;
-                __m512 g = _mm512_maskz_loadu_ps(inside, dz + at);
+                __m512 g = _mm512_maskz_loadu_ps(inside, p->code_gradient + at);
                 of_mean = _mm512_add_ps(of_mean, g);
                 of_log_std = _mm512_fmadd_ps(g, _mm512_mul_ps(std, _mm512_maskz_loadu_ps(inside, noise + at)), of_log_std);
             }
-            _mm512_mask_storeu_ps(p->gradient + i * 2 * dim + j, inside, of_mean);
-            _mm512_mask_storeu_ps(p->gradient + i * 2 * dim + dim + j, inside, _mm512_mul_ps(half, of_log_std));
+            of_log_std = _mm512_mul_ps(half, of_log_std);
+            squares = _mm512_mask3_fmadd_ps(of_mean, of_mean, squares, inside);
+            squares = _mm512_mask3_fmadd_ps(of_log_std, of_log_std, squares, inside);
+            _mm512_mask_storeu_ps(to + i * 2 * dim + j, inside, of_mean);
+            _mm512_mask_storeu_ps(to + i * 2 * dim + dim + j, inside, of_log_std);
         }
+    double sum = _mm512_reduce_add_ps(squares);
+#pragma omp atomic
+    *size += sum;
 }
 
-/* x (images, pixels), noise (k, images, dim): sets the gradients, and fills what the plan names. */
-void elbo_step(const Plan *p, const float *x, const float *noise, long images, long pixels, long k, float beta, int threads) {
+/* x (images, pixels), noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam is given, the
+   value is finite and the gradient's norm is surely no larger than `most`, updates the weights instead, and returns 1. */
+int elbo_step(const Plan *p, const float *x, const float *noise, long images, long pixels, long k, float beta, const Adam *adam,
+              double most, int threads) {
+    Operation *last = p->encoder + p->encoders - 1, *pixel = p->decoder + p->decoders - 1;
+    int update = 0;
+    for (Operation *o = p->encoder; o <= last; o++) o->size = o->slope = 0;
+    for (Operation *o = p->decoder; o <= pixel; o++) o->size = o->slope = 0;
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
-        const float *parameters = forward(p->encoder, p->encoders, x, images, p->scratch);
-        draw(p, parameters, noise, images, k);
-        const float *logits = forward(p->decoder, p->decoders, p->code, k * images, p->scratch);
-        bernoulli_shared(logits, x, p->log_px, p->gradient, -1.0f / (float)(k * images), k * images, images, pixels);
-        const float *dz = backward(p->decoder, p->decoders, p->code, k * images, p, 1, threads);
-#pragma omp for schedule(static)
-        for (long i = 0; i < k * images * p->dim; i++) p->code_gradient[i] = dz[i];
-        draw_backward(p, parameters, noise, p->code_gradient, beta / (float)images, images, k);
-        backward(p->encoder, p->encoders, x, images, p, 0, threads);
+        bf16 *alone = p->alone + omp_get_thread_num() * p->each;
+        const float *moments = forward(p->encoder, p->encoders, x, images, p, alone);
+        draw(p, moments, noise, images, k);
+        const float *logits = forward(p->decoder, p->decoders, p->code, k * images, p, alone);
+        bernoulli_shared(logits, x, p->log_px, pixel->gradient, -1.0f / (float)(k * images), &pixel->slope, k * images, images,
+                         pixels);
+        backward(p->decoder, p->decoders, p->code, p->code_gradient, k * images, p);
+        draw_backward(p, moments, noise, beta / (float)images, images, k, last->gradient, &last->slope);
+#pragma omp barrier
+        backward(p->encoder, p->encoders, x, 0, images, p);
+#pragma omp barrier
 #pragma omp single
         {
             p->sums[0] = p->sums[1] = p->sums[2] = 0;
             for (long i = 0; i < images; i++) p->sums[0] += p->rate[i];
             for (long i = 0; i < k * images; i++) p->sums[1] -= p->log_px[i] / (double)k;
-            for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];
+            double square = bound(p->encoder, p->encoders, images) + bound(p->decoder, p->decoders, k * images);
+            update = adam && isfinite(p->sums[1] + beta * p->sums[0]) && square <= most * most;
         }
+        begin_tiles();
+        parameters(p->decoder, p->decoders, p->code, k * images, update ? adam : 0, alone);
+        parameters(p->encoder, p->encoders, x, images, update ? adam : 0, alone);
+        end_tiles();
+#pragma omp barrier
+#pragma omp single
+        for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];
         end_flushing(control);
     }
+    return update;
 }

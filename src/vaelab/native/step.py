@@ -18,10 +18,11 @@ from vaelab.likelihoods import Bernoulli, GreyCrossEntropy
 from vaelab.meter import Pass
 from vaelab.models.vae import VAE
 from vaelab.native.build import library
-from vaelab.native.calls import COARSE, FULL, linear_room
+from vaelab.native.calls import kernels, up
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
 from vaelab.objectives import ELBO, Objective
+from vaelab.optim import Optimiser
 from vaelab.posteriors import Gaussian
 from vaelab.priors import StandardNormal
 from vaelab.schedules import at
@@ -34,11 +35,21 @@ class _Unknown(Exception):
     """A module that `step.c` has no operation for."""
 
 
+class _Parameter(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("at", "gradient", "mean", "square")),
+        ("multiple", ctypes.c_float),
+    )
+
+
 class _Operation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_long) for name in ("kind", "inputs", "outputs")),
-        *((name, ctypes.c_void_p) for name in ("w", "b", "dw", "db", "value", "squares")),
-    )
+        ("w", _Parameter), ("b", _Parameter),
+        *((name, ctypes.c_void_p) for name in ("value", "gradient", "squares")),
+        ("size", ctypes.c_double), ("slope", ctypes.c_double),
+        ("inputs_kept", ctypes.c_void_p), ("weights_kept", ctypes.c_void_p),
+    )  # fmt: skip
 
 
 class _Plan(ctypes.Structure):
@@ -46,12 +57,14 @@ class _Plan(ctypes.Structure):
         ("encoder", ctypes.POINTER(_Operation)), ("decoder", ctypes.POINTER(_Operation)),
         *((name, ctypes.c_long) for name in ("encoders", "decoders", "dim")),
         *((name, ctypes.c_void_p) for name in
-          ("code", "code_gradient", "log_px", "rate", "gradient", "other", "sums", "squares")),
-        ("blocks", ctypes.c_long), ("scratch", ctypes.c_void_p),
+          ("code", "code_gradient", "log_px", "rate", "sums", "squares")),
+        ("blocks", ctypes.c_long), ("scratch", ctypes.c_void_p), ("alone", ctypes.c_void_p), ("each", ctypes.c_long),
     )  # fmt: skip
 
 
-def fused(model: VAE, objective: Objective, pixels: int, batch: int, k: int) -> "Fused | None":
+def fused(
+    model: VAE, objective: Objective, pixels: int, batch: int, k: int, optimiser: Optimiser | None = None
+) -> "Fused | None":
     """The pass of a model whose parameters have their .grad (`vaelab.optim`), None where `step.c` does not have it.
 
     Args:
@@ -60,6 +73,7 @@ def fused(model: VAE, objective: Objective, pixels: int, batch: int, k: int) -> 
         pixels: of an image.
         batch: images at most.
         k: samples of the posterior for each image.
+        optimiser: of the model, where a pass may make its update too.
     """
     parts: Any = model
     composed = (
@@ -80,18 +94,21 @@ def fused(model: VAE, objective: Objective, pixels: int, batch: int, k: int) -> 
         encoder = [*_chain(parts.encoder), *_chain(parts.posterior.head)]
         decoder = _chain(parts.likelihood.decoder, model.latent_dim)
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
-        own = [o.dw for o in (*encoder, *decoder) if o.dw] + [o.db for o in (*encoder, *decoder) if o.db]
+        own = [p.gradient for o in (*encoder, *decoder) for p in (o.w, o.b) if p.gradient]
         if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
             return None
         if not pixels == encoder[0].inputs == decoder[-1].outputs:
             return None
-        return Fused(encoder, decoder, model.latent_dim, objective, batch, k)
+        return Fused(encoder, decoder, model.latent_dim, objective, batch, k, optimiser)
     except _Unknown:
         return None
 
 
 class Fused:
     """Computes the mean over images of distortion + beta rate, sets the parameters' .grad to its gradient, and returns sums.
+
+    With an optimiser, the parameters are updated instead wherever that does not need the gradient's norm: a bound of it that is
+    known before says that the gradient is finite and not clipped.
 
     Args:
         encoder: images to the posterior's parameters.
@@ -100,50 +117,84 @@ class Fused:
         objective: whose beta is taken.
         batch: images at most.
         k: samples of the posterior for each image.
+        optimiser: of the parameters.
     """
 
     def __init__(
-        self, encoder: list[_Operation], decoder: list[_Operation], dim: int, objective: ELBO, batch: int, k: int
+        self,
+        encoder: list[_Operation],
+        decoder: list[_Operation],
+        dim: int,
+        objective: ELBO,
+        batch: int,
+        k: int,
+        optimiser: Optimiser | None = None,
     ) -> None:
         for chain in (encoder, decoder):
             if any(one.outputs != other.inputs for one, other in pairwise(chain)):
                 raise _Unknown
         if not encoder or not decoder or encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
             raise _Unknown
-        self.objective, self.dim, self.k = objective, dim, k
-        self.pixels = decoder[-1].outputs
+        self.objective, self.dim, self.k, self.optimiser = objective, dim, k, optimiser
+        self.pixels, self.threads = decoder[-1].outputs, torch.get_num_threads()
         self.held: list[Tensor] = []
-        for chain, rows in ((encoder, batch), (decoder, k * batch)):
-            for operation in chain:
-                operation.value = self._room(rows * operation.outputs)
-        rows, widest = k * batch, max(max(o.inputs, o.outputs) for o in (*encoder, *decoder))
-        scratch = max(_scratch(o, n) for chain, n in ((encoder, batch), (decoder, rows)) for o in chain)
+        both, rows = (*encoder, *decoder), k * batch
+        self._rooms(encoder, batch, first=True)
+        self._rooms(decoder, rows, first=False)
+        self.squares = torch.zeros(sum(_blocks(o) for o in both), dtype=torch.float64)
         blocks = 0
-        self.squares = torch.zeros(sum(_blocks(o) for o in (*encoder, *decoder)), dtype=torch.float64)
-        for operation in (*encoder, *decoder):
+        for operation in both:
             operation.squares = self.squares[blocks:].data_ptr()
             blocks += _blocks(operation)
+            for parameter in (operation.w, operation.b):
+                if optimiser and parameter.gradient and optimiser.ahead(0):
+                    parameter.mean, parameter.square, parameter.multiple = optimiser.adam.place(parameter.at)
         self.sums = torch.empty(3, dtype=torch.float64)
         self.chains = [(_Operation * len(chain))(*chain) for chain in (encoder, decoder)]
+        widest = max(up(max(o.inputs, o.outputs)) for o in both)
+        shared = up(rows) * widest
+        # in bfloat16 numbers: 32 rows of weights, or of a gradient in float32 beside as many of another, or all of a narrow layer
+        each = max(32 * (up(rows) + 2 * widest), *(2 * up(o.outputs) * o.inputs for o in both if o.kind == EXACT), 0)
         self.plan = _Plan(
             *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim), self._room(rows * dim),
-            self._room(rows), self._room(batch), self._room(rows * widest), self._room(rows * widest),
-            self.sums.data_ptr(), self.squares.data_ptr(), blocks, self._room(scratch),
+            self._room(rows), self._room(batch), self.sums.data_ptr(), self.squares.data_ptr(), blocks,
+            self._room(shared // 2), self._room(self.threads * each // 2), each,
         )  # fmt: skip
+
+    def _rooms(self, chain: list[_Operation], rows: int, first: bool) -> None:
+        """Give each operation of a chain room for its value, its gradient, and what is kept for the way back.
+
+        Args:
+            chain: of operations.
+            rows: that go through it at most.
+            first: whether nothing asks for the gradient of what it is given.
+        """
+        trained = [i for i, o in enumerate(chain) if o.w.gradient or o.b.gradient]
+        needed = trained[0] if first and trained else 0  # the first operation whose value's gradient is asked for
+        for i, operation in reversed([*enumerate(chain)]):
+            operation.value = self._room(rows * operation.outputs)
+            if i >= needed:
+                after = chain[i + 1] if i + 1 < len(chain) else None
+                in_place = after is not None and after.kind in (ADD, SUBTRACT, RELU, SILU)
+                operation.gradient = after.gradient if in_place else self._room(rows * operation.outputs)
+            if operation.kind == LINEAR:
+                operation.inputs_kept = self._room(up(rows) * up(operation.inputs) // 2)
+                if i > needed or not first:
+                    operation.weights_kept = self._room(up(operation.outputs) * up(operation.inputs) // 2)
 
     def __call__(self, x: Tensor, generator: torch.Generator, step: int) -> Pass:
         """Of images x (B, *X), with noise from a generator."""
         x, images = x.contiguous(), len(x)
         noise = torch.randn((self.k, images, self.dim), generator=generator, dtype=torch.float32, device="cpu")
         beta = at(self.objective.beta, step)
-        kernels = library()
-        assert kernels is not None  # `fused` asked
-        kernels.elbo_step(
+        ahead = self.optimiser.ahead(step) if self.optimiser else None
+        updated = kernels().elbo_step(
             ctypes.byref(self.plan), x.data_ptr(), noise.data_ptr(), images, self.pixels, self.k, beta,
-            torch.get_num_threads(),
+            ctypes.byref(ahead[0]) if ahead else None, ahead[1] if ahead else 0.0,
+            min(self.threads, torch.get_num_threads()),
         )  # fmt: skip
         rate, distortion, squares = self.sums.tolist()
-        return Pass((distortion + beta * rate) / images, rate, distortion, images, math.sqrt(squares))
+        return Pass((distortion + beta * rate) / images, rate, distortion, images, math.sqrt(squares), bool(updated))
 
     def _room(self, numbers: int) -> int:
         """The address of so many float32 numbers, aligned to lines and with some to spare, held as long as this."""
@@ -151,14 +202,9 @@ class Fused:
         return -(-self.held[-1].data_ptr() // 64) * 64
 
 
-def _scratch(operation: _Operation, rows: int) -> int:
-    """float32 numbers that an operation on so many rows needs for itself, see `linear.c`."""
-    return linear_room(rows, operation.outputs, operation.inputs, FULL if operation.kind == EXACT else COARSE) // 2
-
-
 def _blocks(operation: _Operation) -> int:
     """Sums of squares of an operation's gradients, see `linear.h`."""
-    return -(-operation.outputs // 32) * 3 if operation.kind in (LINEAR, EXACT) else 0
+    return -(-operation.outputs // {LINEAR: 32, EXACT: 8}[operation.kind]) if operation.kind in (LINEAR, EXACT) else 0
 
 
 def _chain(module: Any, width: int = 0) -> list[_Operation]:
@@ -173,20 +219,20 @@ def _chain(module: Any, width: int = 0) -> list[_Operation]:
         return _chain(module.layers, width)
     if kind is Centred:
         n = module.constant.numel()
-        return [_Operation(SUBTRACT, n, n, _address(module.constant)), *_chain(module.network, n)]
+        return [_Operation(SUBTRACT, n, n, _Parameter(_address(module.constant))), *_chain(module.network, n)]
     if kind is AroundMean:
         n = module.constant.numel()
-        return [*_chain(module.network, width), _Operation(ADD, n, n, _address(module.constant))]
+        return [*_chain(module.network, width), _Operation(ADD, n, n, _Parameter(_address(module.constant)))]
     if kind is FourierMLP:
         k, count = module.frequency.shape
-        waves = _Operation(WAVES, k, k + count, _address(module.frequency), _address(module.phase))
+        constants = _Parameter(_address(module.frequency)), _Parameter(_address(module.phase))
+        waves = _Operation(WAVES, k, k + count, *constants)
         return [waves, *_chain(module.network, k + count)]
     if kind in (nn.Linear, ExactLinear):
         n, k = module.weight.shape
-        own = [(None, None) if p is None else (_address(p), _address(p.grad) if p.requires_grad else None)
+        own = [_Parameter() if p is None else _Parameter(_address(p), _address(p.grad) if p.requires_grad else None)
                for p in (module.weight, module.bias)]  # fmt: skip
-        (w, dw), (b, db) = own
-        return [_Operation(LINEAR if kind is nn.Linear else EXACT, k, n, w, b, dw, db)]
+        return [_Operation(LINEAR if kind is nn.Linear else EXACT, k, n, *own)]
     if kind in (nn.ReLU, nn.SiLU) and width:
         return [_Operation(RELU if kind is nn.ReLU else SILU, width, width)]
     reshapes = (

@@ -25,7 +25,6 @@ typedef uint16_t bf16;
 #define SIDE 32 /* of a block of C */
 #define HALF 16 /* float32 numbers in a register; columns of a panel */
 #define COARSE 1 /* parts of a number: bfloat16 products */
-#define FINE 2   /* 2^-16 of a product is lost */
 #define FULL 3   /* what float32 gives */
 
 static inline long up(long n) { return (n + SIDE - 1) / SIDE * SIDE; }
