@@ -333,7 +333,7 @@ void convolution_weights(const float *x, const float *y, float *dw, const Shape 
                     for (long j = 0; j < n; j += SIDE) {
                         const bf16 *left = down + j * all + m * positions * HALF;
                         block((Rows){rows, length, 0}, (Panels){left, HALF * all, 0, 1}, several * positions, COARSE, sums, SIDE);
-                        put(sums, 1, SIDE, n, 0, j, to);
+                        put(sums, 1, 0, SIDE, n, 0, j, to);
                     }
                 }
             }

@@ -38,8 +38,9 @@ static inline void as_panels(const float *x, long depth, long n, long begin, lon
         }
 }
 
-/* c (m, n) = the block of sums (columns by rows) that begins at row i, column j of c, plus bias (n) or null. */
-static inline void put_transposed(const float *sums, const float *bias, long m, long n, long i, long j, float *c) {
+/* c (m, n) = the block of sums (columns by rows) that begins at row i, column j of c, plus bias (n) or null; no less than
+   `floor`. */
+static inline void put_transposed(const float *sums, const float *bias, float floor, long m, long n, long i, long j, float *c) {
     for (int h = 0; h < 2; h++)
         for (int g = 0; g < 2; g++) {
             long column = j + h * HALF, row = i + g * HALF;
@@ -49,7 +50,8 @@ static inline void put_transposed(const float *sums, const float *bias, long m, 
             for (int q = 0; q < 16; q++) r[q] = _mm512_load_si512(sums + (h * HALF + q) * SIDE + g * HALF);
             transpose(r);
             for (long q = 0; q < least(HALF, m - row); q++)
-                _mm512_mask_storeu_ps(c + (row + q) * n + column, inside, _mm512_add_ps(start, (__m512)r[q]));
+                _mm512_mask_storeu_ps(c + (row + q) * n + column, inside,
+                                      _mm512_max_ps(_mm512_set1_ps(floor), _mm512_add_ps(start, (__m512)r[q])));
         }
 }
 
@@ -107,8 +109,8 @@ static inline double sixteen_rows(const float *x, long m, long k, long i, bf16 *
     return _mm512_reduce_add_ps(squares);
 }
 
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, Kept kept,
-                           double *size, bf16 *scratch, bf16 *alone) {
+void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, float floor,
+                           Kept kept, double *size, bf16 *scratch, bf16 *alone) {
     long depth = up(k);
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
@@ -120,7 +122,7 @@ void linear_forward_shared(const float *x, const float *w, const float *b, float
         for (long i = 0; i < SIDE; i += 2) two_rows(w, n, k, t + i, alone + i * depth, kept.weights);
         for (long i = 0; i < m; i += SIDE) {
             block((Rows){alone, depth, 0}, (Panels){scratch + i * depth, HALF * depth, 0, COARSE}, depth, COARSE, sums, SIDE);
-            put_transposed(sums, b, m, n, i, t, y);
+            put_transposed(sums, b, floor, m, n, i, t, y);
         }
     }
     end_tiles();
@@ -130,7 +132,8 @@ void linear_forward_shared(const float *x, const float *w, const float *b, float
     }
 }
 
-void linear_input_shared(const float *dy, const bf16 *weights, float *dx, long m, long n, long k, double *size, bf16 *scratch) {
+void linear_input_shared(const float *dy, const bf16 *weights, const float *gate, float *dx, long m, long n, long k,
+                         double *size, bf16 *scratch) {
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
     begin_tiles();
@@ -141,7 +144,7 @@ void linear_input_shared(const float *dy, const bf16 *weights, float *dx, long m
         for (long i = 0; i < m; i += SIDE) {
             Panels b = {weights + j * up(n), HALF * up(n), 0, COARSE};
             block((Rows){scratch + i * up(n), up(n), 0}, b, up(n), COARSE, sums, SIDE);
-            squares += put(sums, 0, m, k, i, j, dx);
+            squares += put(sums, 0, gate, m, k, i, j, dx);
         }
     end_tiles();
     if (size) {
@@ -163,7 +166,7 @@ double linear_rows(const float *dy, const bf16 *inputs, float *dw, float *db, lo
             if (j + SIDE < k) expect(dw, rows, k, 0, j + SIDE);
             Panels b = {inputs + j * up(m), HALF * up(m), 0, COARSE};
             block((Rows){alone, up(m), 0}, b, up(m), COARSE, sums, SIDE);
-            total += put(sums, add, rows, k, 0, j, dw);
+            total += put(sums, add, 0, rows, k, 0, j, dw);
         }
     }
     if (db)
@@ -183,7 +186,7 @@ void linear_forward(const float *x, const float *w, const float *b, float *y, lo
     {
         unsigned control = begin_flushing();
         bf16 *alone = scratch + up(m) * up(k) + omp_get_thread_num() * SIDE * up(k);
-        linear_forward_shared(x, w, b, y, m, n, k, (Kept){0, 0}, 0, scratch, alone);
+        linear_forward_shared(x, w, b, y, m, n, k, -INFINITY, (Kept){0, 0}, 0, scratch, alone);
         end_flushing(control);
     }
 }
@@ -203,7 +206,7 @@ void linear_backward(const float *x, const float *w, const float *dy, float *dw,
             if (dw) as_panels(x, m, k, begin, end, inputs);
             if (dx) as_panels(w, n, k, begin, end, weights);
         }
-        if (dx) linear_input_shared(dy, weights, dx, m, n, k, 0, across);
+        if (dx) linear_input_shared(dy, weights, 0, dx, m, n, k, 0, across);
         begin_tiles();
 #pragma omp for schedule(static)
         for (long t = 0; t < up(n) / SIDE; t++)

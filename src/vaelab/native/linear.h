@@ -19,12 +19,15 @@ typedef struct {
     bf16 *inputs, *weights;
 } Kept;
 
-/* y = x w' + b, b or null. Adds the sum of the squares of x to *size, if there is one, in any order. */
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, Kept kept,
-                           double *size, bf16 *scratch, bf16 *alone);
+/* y = x w' + b, b or null, or `floor` where that is more: 0 or -infinity. Adds the sum of the squares of x to *size, if there is
+   one, in any order. */
+void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, float floor,
+                           Kept kept, double *size, bf16 *scratch, bf16 *alone);
 
-/* dx = dy w, w as kept. Adds the sum of the squares of dx to *size, as above. */
-void linear_input_shared(const float *dy, const bf16 *weights, float *dx, long m, long n, long k, double *size, bf16 *scratch);
+/* dx = dy w, w as kept, and 0 where the number of `gate` (m, k), if there is one, is not above 0. Adds the sum of the squares of dx
+   to *size, as above. */
+void linear_input_shared(const float *dy, const bf16 *weights, const float *gate, float *dx, long m, long n, long k,
+                         double *size, bf16 *scratch);
 
 /* The 32 rows of dw = dy' x from row 32 t, or += where `add`, x as kept: dw has their place, or is null. db likewise, the sums of
    dy over rows. Of one thread; returns the sum of the squares of both. */

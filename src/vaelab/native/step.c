@@ -11,7 +11,7 @@
 #include "linear.h"
 #include "pixels.h"
 
-enum { LINEAR, EXACT, ADD, SUBTRACT, RELU, SILU, WAVES };
+enum { LINEAR, EXACT, ADD, SUBTRACT, SILU, WAVES };
 
 /* Weights or biases, their gradient, and Adam's moments of them, and their multiple of its learning rate. */
 typedef struct {
@@ -20,13 +20,14 @@ typedef struct {
 } Parameter;
 
 /* (rows, inputs) to value (rows, outputs), and on the way back `gradient`, of the value.
-   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products of bfloat16 or float32 numbers; LINEAR has room for what is
-                   kept; where dw or db is not null it is set, and the sums of the squares of both
+   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products of bfloat16 or float32 numbers, and no less than `floor`, which
+                   is 0 (ReLU) or -infinity; LINEAR has room for what is kept; where dw or db is not null it is set, and the sums of the squares of both
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants
    size and slope are the sums of the squares of x, and of the gradient or more. */
 typedef struct {
     long kind, inputs, outputs;
+    float floor;
     Parameter w, b;
     float *value, *gradient;
     double *squares, size, slope;
@@ -54,7 +55,6 @@ static void elementwise(const Operation *o, const float *x, long m) {
         for (long j = 0; j < n; j += 16) {
             __mmask16 inside = first16(n - j);
             __m512 v = _mm512_maskz_loadu_ps(inside, x + i * n + j);
-            if (o->kind == RELU) v = _mm512_max_ps(_mm512_setzero_ps(), v);
             if (o->kind == SILU) v = _mm512_mul_ps(v, sigmoid16(v));
             if (o->kind == SUBTRACT) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(inside, o->w.at + j));
             if (o->kind == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, o->w.at + j));
@@ -65,17 +65,13 @@ static void elementwise(const Operation *o, const float *x, long m) {
 /* dy becomes dx, in its place */
 static void elementwise_backward(const Operation *o, const float *x, float *dy, long m) {
     long n = o->outputs;
-    if (o->kind == ADD || o->kind == SUBTRACT) return;
+    if (o->kind != SILU) return;
 #pragma omp for schedule(static)
     for (long i = 0; i < m; i++)
         for (long j = 0; j < n; j += 16) {
             __mmask16 inside = first16(n - j);
-            __m512 v = _mm512_maskz_loadu_ps(inside, x + i * n + j), slope = _mm512_set1_ps(1.0f);
-            if (o->kind == RELU) slope = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ), slope);
-            if (o->kind == SILU) { /* s + v s (1 - s) */
-                __m512 s = sigmoid16(v);
-                slope = _mm512_fmadd_ps(_mm512_mul_ps(v, s), _mm512_sub_ps(slope, s), s);
-            }
+            __m512 v = _mm512_maskz_loadu_ps(inside, x + i * n + j), s = sigmoid16(v); /* s + v s (1 - s) */
+            __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(v, s), _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
             _mm512_mask_storeu_ps(dy + i * n + j, inside, _mm512_mul_ps(slope, _mm512_maskz_loadu_ps(inside, dy + i * n + j)));
         }
 }
@@ -138,9 +134,9 @@ static void measure(const float *x, long rows, long n, double *size) {
 static const float *forward(Operation *o, long count, const float *x, long m, const Plan *p, bf16 *alone) {
     for (; count--; x = o++->value) {
         if (o->kind == LINEAR)
-            linear_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, o->kept, &o->size, p->scratch, alone);
+            linear_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, o->floor, o->kept, &o->size, p->scratch, alone);
         else if (o->kind == EXACT)
-            exact_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, (float *)alone);
+            exact_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, o->floor, (float *)alone);
         else if (o->kind == WAVES)
             waves(o, x, m);
         else
@@ -156,11 +152,12 @@ static void backward(Operation *first, long count, const float *x, float *dx, lo
         const float *input = o == first ? x : o[-1].value;
         float *to = o == first ? dx : o[-1].gradient;
         double *slope = o == first ? 0 : &o[-1].slope;
+        const float *gate = o > first && linear(o - 1) && o[-1].floor == 0 ? input : 0;
         if (!to) return;
         if (o->kind == LINEAR)
-            linear_input_shared(o->gradient, o->kept.weights, to, m, o->outputs, o->inputs, slope, p->scratch);
+            linear_input_shared(o->gradient, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope, p->scratch);
         else if (o->kind == EXACT)
-            exact_input_shared(o->gradient, o->w.at, to, m, o->outputs, o->inputs, slope);
+            exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope);
         else if (o->kind == WAVES)
             waves_backward(o, input, o->gradient, to, m);
         else {
@@ -175,12 +172,15 @@ static void backward(Operation *first, long count, const float *x, float *dx, lo
    core, and 3 numbers a weight are read and written instead of 5. */
 static void parameters(Operation *first, long count, const float *x, long m, const Adam *adam, bf16 *alone) {
     float *own = (float *)(alone + SIDE * up(m)), own_b[SIDE];
+    int turn = 0;
     for (Operation *o = first + count - 1; o >= first; o--) {
         long k = o->inputs, n = o->outputs, step = o->kind == EXACT ? ROWS : SIDE;
         const float *input = o == first ? x : o[-1].value;
         if (!linear(o) || !(o->w.gradient || o->b.gradient)) continue;
-#pragma omp for schedule(static) nowait
-        for (long t = 0; t < (n + step - 1) / step; t++) {
+        long strips = (n + step - 1) / step, threads = omp_get_num_threads(), me = omp_get_thread_num();
+        long more = turn ? threads - 1 : 0; /* where they are odd, one thread has more of this layer, another of the next */
+        turn = !turn;
+        for (long t = (strips * me + more) / threads; t < (strips * (me + 1) + more) / threads; t++) {
             long rows = least(step, n - t * step), at = t * step;
             float *dw = !o->w.gradient ? 0 : adam ? own : o->w.gradient + at * k;
             float *db = !o->b.gradient ? 0 : adam ? own_b : o->b.gradient + at;

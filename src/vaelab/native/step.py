@@ -27,8 +27,10 @@ from vaelab.posteriors import Gaussian
 from vaelab.priors import StandardNormal
 from vaelab.schedules import at
 
-LINEAR, EXACT, ADD, SUBTRACT, RELU, SILU, WAVES = range(7)
+LINEAR, EXACT, ADD, SUBTRACT, SILU, WAVES = range(6)
 """Kinds of operations, as in `step.c`."""
+PRODUCTS = (LINEAR, EXACT)
+NO_FLOOR = -math.inf
 
 
 class _Unknown(Exception):
@@ -45,7 +47,7 @@ class _Parameter(ctypes.Structure):
 class _Operation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_long) for name in ("kind", "inputs", "outputs")),
-        ("w", _Parameter), ("b", _Parameter),
+        ("floor", ctypes.c_float), ("w", _Parameter), ("b", _Parameter),
         *((name, ctypes.c_void_p) for name in ("value", "gradient", "squares")),
         ("size", ctypes.c_double), ("slope", ctypes.c_double),
         ("inputs_kept", ctypes.c_void_p), ("weights_kept", ctypes.c_void_p),
@@ -133,6 +135,9 @@ class Fused:
         for chain in (encoder, decoder):
             if any(one.outputs != other.inputs for one, other in pairwise(chain)):
                 raise _Unknown
+            # who gives back the gradient of what a floor was put under is a product
+            if any(one.floor == 0 and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))):
+                raise _Unknown
         if not encoder or not decoder or encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
             raise _Unknown
         self.objective, self.dim, self.k, self.optimiser = objective, dim, k, optimiser
@@ -175,7 +180,7 @@ class Fused:
             operation.value = self._room(rows * operation.outputs)
             if i >= needed:
                 after = chain[i + 1] if i + 1 < len(chain) else None
-                in_place = after is not None and after.kind in (ADD, SUBTRACT, RELU, SILU)
+                in_place = after is not None and after.kind in (ADD, SUBTRACT, SILU)
                 operation.gradient = after.gradient if in_place else self._room(rows * operation.outputs)
             if operation.kind == LINEAR:
                 operation.inputs_kept = self._room(up(rows) * up(operation.inputs) // 2)
@@ -204,7 +209,7 @@ class Fused:
 
 def _blocks(operation: _Operation) -> int:
     """Sums of squares of an operation's gradients, see `linear.h`."""
-    return -(-operation.outputs // {LINEAR: 32, EXACT: 8}[operation.kind]) if operation.kind in (LINEAR, EXACT) else 0
+    return -(-operation.outputs // {LINEAR: 32, EXACT: 8}[operation.kind]) if operation.kind in PRODUCTS else 0
 
 
 def _chain(module: Any, width: int = 0) -> list[_Operation]:
@@ -213,28 +218,31 @@ def _chain(module: Any, width: int = 0) -> list[_Operation]:
     if kind is nn.Sequential:
         found: list[_Operation] = []
         for part in module:
-            found += _chain(part, found[-1].outputs if found else width)
+            if type(part) is nn.ReLU and found and found[-1].kind in PRODUCTS:
+                found[-1].floor = 0.0  # a product's own affair
+            else:
+                found += _chain(part, found[-1].outputs if found else width)
         return found
     if kind is MLP:
         return _chain(module.layers, width)
     if kind is Centred:
         n = module.constant.numel()
-        return [_Operation(SUBTRACT, n, n, _Parameter(_address(module.constant))), *_chain(module.network, n)]
+        return [_Operation(SUBTRACT, n, n, NO_FLOOR, _Parameter(_address(module.constant))), *_chain(module.network, n)]
     if kind is AroundMean:
         n = module.constant.numel()
-        return [*_chain(module.network, width), _Operation(ADD, n, n, _Parameter(_address(module.constant)))]
+        return [*_chain(module.network, width), _Operation(ADD, n, n, NO_FLOOR, _Parameter(_address(module.constant)))]
     if kind is FourierMLP:
         k, count = module.frequency.shape
         constants = _Parameter(_address(module.frequency)), _Parameter(_address(module.phase))
-        waves = _Operation(WAVES, k, k + count, *constants)
+        waves = _Operation(WAVES, k, k + count, NO_FLOOR, *constants)
         return [waves, *_chain(module.network, k + count)]
     if kind in (nn.Linear, ExactLinear):
         n, k = module.weight.shape
         own = [_Parameter() if p is None else _Parameter(_address(p), _address(p.grad) if p.requires_grad else None)
                for p in (module.weight, module.bias)]  # fmt: skip
-        return [_Operation(LINEAR if kind is nn.Linear else EXACT, k, n, *own)]
-    if kind in (nn.ReLU, nn.SiLU) and width:
-        return [_Operation(RELU if kind is nn.ReLU else SILU, width, width)]
+        return [_Operation(LINEAR if kind is nn.Linear else EXACT, k, n, NO_FLOOR, *own)]
+    if kind is nn.SiLU and width:
+        return [_Operation(SILU, width, width, NO_FLOOR)]
     reshapes = (
         kind is nn.Identity
         or (kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1))

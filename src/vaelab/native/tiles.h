@@ -42,6 +42,8 @@ static inline void end_flushing(unsigned before) { _mm_setcsr(before); }
 /* the first n of 16 lanes, none where n < 0 */
 static inline __mmask16 first16(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 
+static inline __mmask16 above0(__m512 x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
+
 /* 16 pairs from two rows of 16 numbers: lane n is (a[n], b[n]) */
 static inline __m512i pairs(__m512 a, __m512 b) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
@@ -85,8 +87,9 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
-/* c (m, n) = or += the block of sums that begins at row i, column j; gives the sum of the squares of what c holds then. */
-static inline double put(const float *sums, int add, long m, long n, long i, long j, float *c) {
+/* c (m, n) = or += the block of sums that begins at row i, column j, or 0 where the number of `gate` (m, n), if there is one, is
+   not above 0; gives the sum of the squares of what c holds then. */
+static inline double put(const float *sums, int add, const float *gate, long m, long n, long i, long j, float *c) {
     __m512 squares = _mm512_setzero_ps();
     for (int h = 0; h < 2; h++) {
         __mmask16 inside = first16(n - j - h * HALF);
@@ -94,6 +97,7 @@ static inline double put(const float *sums, int add, long m, long n, long i, lon
         for (long r = 0; r < least(SIDE, m - i); r++, to += n) {
             __m512 sum = _mm512_maskz_loadu_ps(inside, sums + r * SIDE + h * HALF);
             if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to));
+            if (gate) sum = _mm512_maskz_mov_ps(above0(_mm512_maskz_loadu_ps(inside, gate + (to - c))), sum);
             squares = _mm512_fmadd_ps(sum, sum, squares);
             _mm512_mask_storeu_ps(to, inside, sum);
         }
