@@ -26,15 +26,14 @@ void adam(float *w, float *g, float *m, float *v, const long *sizes, const float
 double squares(const float *x, double *sums, long n, long chunk, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long c = 0; c < (n + chunk - 1) / chunk; c++) {
-        long end = (c + 1) * chunk < n ? (c + 1) * chunk : n;
-        float lane[64] = {0};
-        long i = c * chunk;
-        for (; i + 64 <= end; i += 64)
-            for (int j = 0; j < 64; j++) lane[j] += x[i + j] * x[i + j];
-        for (; i < end; i++) lane[0] += x[i] * x[i];
-        double sum = 0;
-        for (int j = 0; j < 64; j++) sum += lane[j];
-        sums[c] = sum;
+        long end = least((c + 1) * chunk, n);
+        __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (long i = c * chunk; i < end; i += 64)
+            for (int h = 0; h < 4; h++) {
+                __m512 v = _mm512_maskz_loadu_ps(first16(end - i - 16 * h), x + i + 16 * h);
+                sum[h] = _mm512_fmadd_ps(v, v, sum[h]);
+            }
+        sums[c] = (double)_mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1])) + _mm512_reduce_add_ps(_mm512_add_ps(sum[2], sum[3]));
     }
     double total = 0;
     for (long c = 0; c < (n + chunk - 1) / chunk; c++) total += sums[c];
