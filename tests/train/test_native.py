@@ -335,6 +335,26 @@ def test_training_in_whole_passes_has_the_same_bits_with_any_number_of_threads(d
     assert same_weights(models[0], models[1]) and same_weights(models[0], models[2])
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0, 100.0, 1e5])
+def test_silu_of_any_size(kernels, size):
+    """A whole pass through activations around +-size is what autograd makes of it."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.SiLU())
+    decoder = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 64), nn.Unflatten(-1, (1, 8, 8)))
+    with torch.no_grad():
+        encoder[1].bias.copy_(torch.linspace(-size, size, 32))
+        decoder[2].weight.mul_(1 / max(1.0, size))
+    model = made(encoder=encoder, likelihood=GreyCrossEntropy(decoder))
+    model.posterior.head.weight.data.mul_(1 / max(1.0, size))
+    optimiser, x = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10), torch.rand(8, 1, 8, 8, generator=stream(0, "x"))
+    passed = fused(model, ELBO(), 64, 8, 1)(x, stream(0, "noise"), 0)
+    found = optimiser.gradient.clone()
+    optimiser.gradient.zero_()
+    loss = ELBO()(model.trace(x, generator=stream(0, "noise")), 0).loss
+    loss.backward()
+    assert passed.loss == pytest.approx(loss.item(), rel=1e-2)
+    assert (found - optimiser.gradient).norm() < 2e-2 * optimiser.gradient.norm()
+
+
 def test_schedules_reach_a_whole_pass(kernels, digits):
     model = initial_model(recipe("mnist-2d", digits.shape), digits)
     Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)

@@ -37,7 +37,8 @@ static inline __m512 exp16(__m512 x) {
 }
 
 static inline __m512 sigmoid16(__m512 x) {
-    return reciprocal16(_mm512_add_ps(_mm512_set1_ps(1.0f), exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    __m512 e = exp16(_mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_sub_ps(_mm512_setzero_ps(), x))); /* finite, or no number */
+    return reciprocal16(_mm512_add_ps(_mm512_set1_ps(1.0f), e));
 }
 
 /* sin x and cos x for |x| < 10^4 or so: the rest of x / (pi / 2), and which quarter of the circle it is in */
