@@ -21,6 +21,8 @@ from vaelab.errors import UsageError, unknown_name
 from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
+    from threading import Thread
+
     from vaelab.data.datasets import Dataset
     from vaelab.data.store import Progress as Fetching
     from vaelab.explore.export import Graphs
@@ -206,6 +208,7 @@ def write_explorer(
     seed: int = 0,
     *,
     ahead: "Graphs | None" = None,
+    fetched: "Thread | None" = None,
     data_dir: Path | None = None,
     fetching: "Fetching | None" = None,
     stage: Stage = lambda label: nullcontext(lambda done, text: None),
@@ -218,6 +221,7 @@ def write_explorer(
         data: the images.
         seed: of the runs that are shown.
         ahead: graphs that `run_study` has made; what is missing is made here.
+        fetched: the page's runtime on its way, see `vaelab.explore.runtime.fetch_ahead`.
         data_dir: where the page's runtime is looked for first.
         fetching: shows the progress of fetching it, see `vaelab.data.store`.
         stage: shows progress.
@@ -236,6 +240,8 @@ def write_explorer(
 
             if not ahead:
                 require()
+            if fetched is not None:
+                fetched.join()
             running = runtime.load(data_dir, fetching)
             chosen = study(name)
             exhibits = [

@@ -13,6 +13,7 @@ import torch
 
 from vaelab import studies
 from vaelab.cli import run as run_command
+from vaelab.explore import runtime
 
 TINY = ("--data", "digits", "--epochs", "1", "--hidden", "16")
 STUDY = ("study", "removing-kl", "--data", "digits", "--epochs", "2", "--hidden", "16", "16",
@@ -93,11 +94,13 @@ def _no_page(*where, **how) -> str:
 @pytest.fixture(autouse=True)
 def _studies_without_their_page(monkeypatch):
     monkeypatch.setattr(studies, "write_explorer", _no_page)
+    monkeypatch.setattr(runtime, "fetch_ahead", lambda data_dir: None)
 
 
 def _quietly(*arguments: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(studies, "write_explorer", _no_page)
+        patch.setattr(runtime, "fetch_ahead", lambda data_dir: None)
         assert run_command([*arguments, "--quiet"]) == 0
 
 

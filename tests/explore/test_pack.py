@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import sys
 import webbrowser
 from html.parser import HTMLParser
 from pathlib import Path
@@ -218,6 +219,21 @@ def test_a_runtime_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
         runtime_module.load()
     for part in ("onnxruntime-web 1.30.0: the npm command is not there", "--data-dir or VAELAB_DATA", "Node.js"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("packages", [True, False])
+def test_the_runtime_is_fetched_ahead_where_there_will_be_a_page(monkeypatch, packages):
+    asked = []
+
+    def load(data_dir, progress):
+        asked.append(data_dir)
+        raise DataError("not to be had")  # said by who asks afterwards
+
+    monkeypatch.setattr(runtime_module, "load", load)
+    if not packages:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    runtime_module.fetch_ahead("here").join()
+    assert asked == ["here"] * packages
 
 
 @pytest.mark.network

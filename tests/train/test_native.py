@@ -4,6 +4,8 @@ import copy
 import ctypes
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -464,6 +466,18 @@ def test_the_cache_is_used_and_a_damaged_file_in_it_is_not(monkeypatch, tmp_path
     kept.unlink()  # written over, it would change under who has it loaded
     kept.write_bytes(b"no library")
     assert isinstance(load(False), ctypes.CDLL)
+
+
+def test_processes_that_begin_together_compile_once(tmp_path):
+    """The second waits for the first. Each says when it found the library's file, and which."""
+    code = (
+        "from vaelab.native import build; from vaelab.data.store import cache_dir; build.load(False);"
+        "(kept,) = (cache_dir() / 'native').iterdir(); print(kept.stat().st_ino)"
+    )
+    environment = {**os.environ, "VAELAB_CACHE": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    one, other = (process.communicate()[0] for process in both)
+    assert one and one == other
 
 
 def test_what_is_compiled_is_used_again_whatever_the_umask(monkeypatch, tmp_path):

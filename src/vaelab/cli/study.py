@@ -47,6 +47,7 @@ def _body(name: str) -> Any:
         check_workers(workers)
         with hired(workers, len(study(name).arms) * max(1, seeds), device) as staff:  # they import torch meanwhile
             from vaelab.cli.common import absolute, check_device, load_data
+            from vaelab.explore.runtime import fetch_ahead
             from vaelab.report.page import text_table
             from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
 
@@ -56,13 +57,14 @@ def _body(name: str) -> Any:
             data = load_data(data_name, data_dir, stages)
             recipes = recipes_of(name, data, absolute(data_name), seeds, seed, **given)
             ahead: Graphs = {}
+            fetched = fetch_ahead(data_dir)
             with console.interruptible() as stop:
                 report = run_study(
                     name, out, data, recipes, overwrite=overwrite, device=device, staff=staff, ahead=ahead, stage=stages,
                     stop=stop,
                 )  # fmt: skip
         absent = write_explorer(
-            name, out, data, seed, ahead=ahead, data_dir=data_dir, fetching=stages.fetch(), stage=stages
+            name, out, data, seed, ahead=ahead, fetched=fetched, data_dir=data_dir, fetching=stages.fetch(), stage=stages
         )
 
         def show() -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelab.errors import UsageError
+from vaelab.explore.runtime import NEEDED
 
 BATCHES = (1, 2, 7)
 """Batch sizes at which a graph is compared with torch."""
@@ -108,7 +109,7 @@ def _digest(array: np.ndarray) -> bytes:
 
 def require() -> None:
     """Raises UsageError, with the command to install them, where the packages for ONNX are missing."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in NEEDED:
         try:
             importlib.import_module(name)
         except ImportError as error:

@@ -9,6 +9,9 @@ onnxruntime-web only the build for one thread and no GPU is taken: threads need 
 does not have, and for a 28x28 picture a GPU is slower to reach than the wasm takes.
 """
 
+import importlib.util
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +48,26 @@ class Runtime:
 
     pieces: dict[str, bytes]
     d3: bytes
+
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+"""Packages without which there is no page."""
+
+
+def fetch_ahead(data_dir: str | Path | None = None) -> threading.Thread:
+    """Fetch what is missing while something else is computed; `load` says afterwards what could not be had.
+
+    Where the packages for ONNX are missing, there will be no page and nothing is fetched.
+    """
+
+    def fetch() -> None:
+        with suppress(DataError):
+            load(data_dir, None)
+
+    there = all(importlib.util.find_spec(name) for name in NEEDED)
+    thread = threading.Thread(target=fetch if there else lambda: None, daemon=True)
+    thread.start()
+    return thread
 
 
 def load(data_dir: str | Path | None = None, progress: Progress | None = None) -> Runtime:

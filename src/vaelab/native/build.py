@@ -8,9 +8,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -111,17 +111,31 @@ def load(tiles: bool) -> ctypes.CDLL:
     ):  # a cache that cannot be written: the kernels are then compiled for this process only, below
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _own(kept.parent) and _own(kept.parent.parent, 0o002):
-            if kept.is_file() and _own(kept):
-                with suppress(OSError):  # a damaged file
-                    return _open(kept)
-            _compile(flags, here, kept)
-            return _open(kept)
+            with _alone(kept.parent):  # the workers of a study all want them at once
+                if kept.is_file() and _own(kept):
+                    with suppress(OSError):  # a damaged file
+                        return _open(kept)
+                _compile(flags, here, kept)
+                return _open(kept)
     try:
         with tempfile.TemporaryDirectory() as folder:
             _compile(flags, here, Path(folder) / name)
             return _open(Path(folder) / name)
     except OSError as error:
         raise _Unavailable(f"vaelab's own cannot be loaded ({error})") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    import fcntl  # which Windows does not have; nor are there kernels for it
+
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def _own(path: Path, others: int = 0o022) -> bool:
