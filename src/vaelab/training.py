@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vaelab import heap
 from vaelab.checkpoint import Snapshot, untrained
 from vaelab.data.datasets import Dataset, Images
 from vaelab.data.protocol import Protocol, check
@@ -85,6 +86,7 @@ def fit(
     """
     _check_fit(model, data, protocol, training)
     device = torch.device(device)
+    heap.keep()
     model.to(device).train()
     pixels = torch.from_numpy(data.train.pixels).to(device)
     test = protocol.test_set(data.test.pixels).to(device)

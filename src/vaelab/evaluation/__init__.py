@@ -23,6 +23,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from vaelab import heap
 from vaelab.data.datasets import Dataset
 from vaelab.data.protocol import TEST_DRAW_SEED, Protocol
 from vaelab.distributions import DiagGaussian, Laplace
@@ -92,6 +93,7 @@ def evaluate(
             missing, or bfloat16 for pixels that are not Bernoulli.
     """
     check_arguments(k=k, is_images=is_images, samples=samples, gap_images=gap_images, latent_images=latent_images)
+    heap.keep()
     if proposal not in PROPOSALS:
         raise unknown_name("proposal", proposal, PROPOSALS)
     x = protocol.test_set(data.test.pixels).to(model.device)
