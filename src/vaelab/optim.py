@@ -63,7 +63,9 @@ def multiples(model: nn.Module, rates: str) -> dict[int, float]:
 class Constants(Structure):
     """What one update of Adam's is made with, see `native/adam.h`."""
 
-    _fields_ = tuple((name, c_float) for name in ("lr", "scale", "beta1", "rest1", "beta2", "rest2", "of_m", "of_g", "root", "eps"))
+    _fields_ = tuple(
+        (name, c_float) for name in ("lr", "scale", "beta1", "rest1", "beta2", "rest2", "of_m", "of_g", "root", "eps")
+    )
 
 
 class Adam:
@@ -110,9 +112,7 @@ class Adam:
         if self.nesterov:
             of_mean, of_gradient = BETA1 / (1 - BETA1 ** (t + 1)), (1 - BETA1) * of_mean
         root = math.sqrt(1 - self.beta2**t)
-        return Constants(
-            lr, scale, BETA1, 1 - BETA1, self.beta2, 1 - self.beta2, of_mean, of_gradient, root, EPSILON
-        )
+        return Constants(lr, scale, BETA1, 1 - BETA1, self.beta2, 1 - self.beta2, of_mean, of_gradient, root, EPSILON)
 
     def place(self, weight: int) -> tuple[int, int, float]:
         """Where the moments of the weight at an address are, and its multiple of the learning rate."""

@@ -14,7 +14,7 @@ from vaelab import heap
 if sys.argv[1] == "kept":
     assert heap.keep()
 def step():
-    held = [torch.ones(1_000_000) for _ in range(8)]
+    held = [torch.ones(1_000_000) for _ in range(24)]
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -24,14 +24,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to keep memory, and this is another")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to keep memory, and this is another"
+)
 def test_a_step_does_not_fault_in_what_the_last_one_freed():
-    """Eight tensors of 4 MB are 7,800 pages."""
+    """24 tensors of 4 MB are 23,000 pages."""
     kept, given_back = (
         float(subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("kept", "given back")
     )
-    assert kept < 500 < given_back
+    assert kept < 1000 < given_back
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

@@ -347,7 +347,10 @@ def test_silu_of_any_size(kernels, size):
         decoder[2].weight.mul_(1 / max(1.0, size))
     model = made(encoder=encoder, likelihood=GreyCrossEntropy(decoder))
     model.posterior.head.weight.data.mul_(1 / max(1.0, size))
-    optimiser, x = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10), torch.rand(8, 1, 8, 8, generator=stream(0, "x"))
+    optimiser, x = (
+        Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10),
+        torch.rand(8, 1, 8, 8, generator=stream(0, "x")),
+    )
     passed = fused(model, ELBO(), 64, 8, 1)(x, stream(0, "noise"), 0)
     found = optimiser.gradient.clone()
     optimiser.gradient.zero_()

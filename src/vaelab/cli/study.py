@@ -64,7 +64,15 @@ def _body(name: str) -> Any:
                     stop=stop,
                 )  # fmt: skip
         absent = write_explorer(
-            name, out, data, seed, ahead=ahead, fetched=fetched, data_dir=data_dir, fetching=stages.fetch(), stage=stages
+            name,
+            out,
+            data,
+            seed,
+            ahead=ahead,
+            fetched=fetched,
+            data_dir=data_dir,
+            fetching=stages.fetch(),
+            stage=stages,
         )
 
         def show() -> None:

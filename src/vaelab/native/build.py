@@ -20,7 +20,18 @@ from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
 # those that take longest to compile first
-SOURCES = ("convolution.c", "linear.c", "exact.c", "shares.c", "step.c", "scoring.c", "adam.c", "images.c", "pixels.c", "start.c")
+SOURCES = (
+    "convolution.c",
+    "linear.c",
+    "exact.c",
+    "shares.c",
+    "step.c",
+    "scoring.c",
+    "adam.c",
+    "images.c",
+    "pixels.c",
+    "start.c",
+)
 HEADERS = ("tiles.h", "rows.h", "functions.h", "linear.h", "exact.h", "pixels.h", "adam.h")
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)

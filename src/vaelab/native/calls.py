@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vaelab.native.build import library
 
+
 def address(tensor: Tensor | None) -> int:
     """0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -136,7 +136,9 @@ class Fused:
             if any(one.outputs != other.inputs for one, other in pairwise(chain)):
                 raise _Unknown
             # who gives back the gradient of what a floor was put under is a product
-            if any(one.floor == 0 and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))):
+            if any(
+                one.floor == 0 and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))
+            ):
                 raise _Unknown
         if not encoder or not decoder or encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
             raise _Unknown
@@ -179,9 +181,8 @@ class Fused:
         for i, operation in reversed([*enumerate(chain)]):
             operation.value = self._room(rows * operation.outputs)
             if i >= needed:
-                after = chain[i + 1] if i + 1 < len(chain) else None
-                in_place = after is not None and after.kind in (ADD, SUBTRACT, SILU)
-                operation.gradient = after.gradient if in_place else self._room(rows * operation.outputs)
+                room = chain[i + 1].gradient if _in_place(chain[i + 1 :]) else None
+                operation.gradient = room or self._room(rows * operation.outputs)
             if operation.kind == LINEAR:
                 operation.inputs_kept = self._room(up(rows) * up(operation.inputs) // 2)
                 if i > needed or not first:
@@ -205,6 +206,11 @@ class Fused:
         """The address of so many float32 numbers, aligned to lines and with some to spare, held as long as this."""
         self.held.append(torch.empty(numbers + 64, dtype=torch.float32, device="cpu"))
         return -(-self.held[-1].data_ptr() // 64) * 64
+
+
+def _in_place(rest: list[_Operation]) -> bool:
+    """Whether the next operation writes the gradient of what it is given over that of what it gives."""
+    return bool(rest) and rest[0].kind in (ADD, SUBTRACT, SILU)
 
 
 def _blocks(operation: _Operation) -> int:
