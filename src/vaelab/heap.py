@@ -2,7 +2,7 @@
 
 glibc returns what is free at the end of its heap, and maps large blocks anew each time, so that a step that frees and asks for
 the same activations faults in a thousand pages or more, each of which the kernel clears (measured: docs/decisions.md). Up to
-`KEPT` bytes of free memory stay with the process instead.
+`KEPT` bytes of free memory stay with the process instead, from its first training or evaluation on a CPU to its end.
 """
 
 import ctypes

@@ -117,6 +117,8 @@ class Adam:
     def place(self, weight: int) -> tuple[int, int, float]:
         """Where the moments of the weight at an address are, and its multiple of the learning rate."""
         offset = weight - self.weights.data_ptr()
+        if not 0 <= offset < 4 * len(self.weights):
+            raise ValueError("these are not weights of this optimiser")
         ends = itertools.accumulate(self.sizes)
         multiple = next(multiple for end, multiple in zip(ends, self.multiples, strict=True) if offset < 4 * end)
         return self.mean.data_ptr() + offset, self.square.data_ptr() + offset, multiple

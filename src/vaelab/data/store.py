@@ -366,6 +366,9 @@ class NpmPackage:
     def _pack(self, npm: str, scratch: Path) -> Path:
         import subprocess
 
+        if _ending.is_set():
+            raise SourceError("the process is ending")
+
         command = [npm, "pack", f"{self.package}@{self.version}", "--ignore-scripts", "--no-update-notifier"]
         command += ["--loglevel=error", "--fetch-retries=1", "--fetch-timeout=30000"]
         log = scratch / "stderr"
@@ -377,11 +380,13 @@ class NpmPackage:
                 )  # fmt: skip
             except OSError as error:
                 raise SourceError(f"npm cannot be run ({error.strerror or error})") from error
+            _children.add(child)
             try:
                 code = child.wait(NPM_SECONDS)
             except subprocess.TimeoutExpired:
                 raise SourceError(f"npm was not done after {NPM_SECONDS:g} s") from None
             finally:
+                _children.discard(child)
                 if child.poll() is None:
                     _kill(child)
         packs = list(scratch.glob("*.tgz"))
@@ -389,6 +394,17 @@ class NpmPackage:
             said = log.read_text(errors="replace").strip().splitlines()
             raise SourceError(f"npm pack ended with code {code} ({' '.join(said[:3])[:300] or 'no message'})")
         return packs[0]
+
+
+_children: "set[subprocess.Popen[bytes]]" = set()
+_ending = threading.Event()
+
+
+def stop_fetching() -> None:
+    """End the programs that fetch something for other threads, and begin none: the process is ending."""
+    _ending.set()
+    for child in list(_children):
+        _kill(child)
 
 
 def _kill(child: "subprocess.Popen[bytes]") -> None:

@@ -93,7 +93,8 @@ def evaluate(
             missing, or bfloat16 for pixels that are not Bernoulli.
     """
     check_arguments(k=k, is_images=is_images, samples=samples, gap_images=gap_images, latent_images=latent_images)
-    heap.keep()
+    if model.device.type == "cpu":
+        heap.keep()
     if proposal not in PROPOSALS:
         raise unknown_name("proposal", proposal, PROPOSALS)
     x = protocol.test_set(data.test.pixels).to(model.device)

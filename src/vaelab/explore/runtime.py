@@ -9,13 +9,14 @@ onnxruntime-web only the build for one thread and no GPU is taken: threads need 
 does not have, and for a 28x28 picture a GPU is slower to reach than the wasm takes.
 """
 
+import atexit
 import importlib.util
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vaelab.data.store import Bundle, File, NpmPackage, Progress, obtain
+from vaelab.data.store import Bundle, File, NpmPackage, Progress, obtain, stop_fetching
 from vaelab.errors import DataError
 
 ONNXRUNTIME = Bundle(
@@ -52,6 +53,8 @@ class Runtime:
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 """Packages without which there is no page."""
+GRACE = 5.0
+"""Seconds that a fetch has to tidy up when the process ends."""
 
 
 def fetch_ahead(data_dir: str | Path | None = None) -> threading.Thread:
@@ -61,12 +64,17 @@ def fetch_ahead(data_dir: str | Path | None = None) -> threading.Thread:
     """
 
     def fetch() -> None:
-        with suppress(DataError):
-            load(data_dir, None)
+        with suppress(Exception):
+            if all(importlib.util.find_spec(name) for name in NEEDED):
+                load(data_dir, None)
 
-    there = all(importlib.util.find_spec(name) for name in NEEDED)
-    thread = threading.Thread(target=fetch if there else lambda: None, daemon=True)
+    def end() -> None:
+        stop_fetching()
+        thread.join(GRACE)
+
+    thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
+    atexit.register(end)  # a process that ends before it leaves no npm and no folder behind
     return thread
 
 

@@ -4,7 +4,7 @@ A small network's step is bound by what surrounds its products: casts, copies, d
 write everything once more. Here a linear layer reads float32 and writes float32, and is rounded to bfloat16 only on its way
 into the processor's tile registers (`tiles.h`); the sums over pixels are one pass (`pixels.c`), and so is Adam (`adam.c`).
 
-They are compiled at their first use, in 6 to 8 s, where there is a C compiler and the processor multiplies bfloat16,
+They are compiled at their first use, in about 2 s, where there is a C compiler and the processor multiplies bfloat16,
 and kept in the user's cache under a name that holds the checksum of the source and the processor's abilities. Where
 something is missing, everything runs in torch's kernels: `library()` is None, and `reason()` says why. VAELAB_KERNELS=torch
 asks for that.
@@ -13,12 +13,14 @@ asks for that.
     rows.h            what its operands are made from
     images.c          a batch of a data set's images
     linear.c          linear layers: forward, and the gradients of weights and input
+    exact.c           the same in float32, for layers that read codes or give a posterior's parameters
     convolution.c     convolutions and transposed ones: each is the other's gradient
     pixels.c          log p(x) of Bernoulli pixels
     step.c            a whole pass of the most used composition, from those parts
     scoring.c         many codes against one image: importance sampling
     shares.c          many codes against many images: quadrature
-    adam.c            the optimiser's pass
+    adam.c            the optimiser's pass, and `adam.h` the update itself
+    functions.h       exponentials, sines, reciprocals, roots
     build.py          compiling, keeping, loading
     calls.py          what their calls share: scratch, and where gradients go
     convolutions.py   convolutions as autograd sees them

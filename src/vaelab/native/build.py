@@ -122,10 +122,11 @@ def load(tiles: bool) -> ctypes.CDLL:
     ):  # a cache that cannot be written: the kernels are then compiled for this process only, below
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _own(kept.parent) and _own(kept.parent.parent, 0o002):
+            if (there := _there(kept)) is not None:
+                return there
             with _alone(kept.parent):  # the workers of a study all want them at once
-                if kept.is_file() and _own(kept):
-                    with suppress(OSError):  # a damaged file
-                        return _open(kept)
+                if (there := _there(kept)) is not None:
+                    return there
                 _compile(flags, here, kept)
                 return _open(kept)
     try:
@@ -136,14 +137,23 @@ def load(tiles: bool) -> ctypes.CDLL:
         raise _Unavailable(f"vaelab's own cannot be loaded ({error})") from None
 
 
+def _there(kept: Path) -> ctypes.CDLL | None:
+    """What is kept, if it is there and whole."""
+    if kept.is_file() and _own(kept):
+        with suppress(OSError):  # a damaged file
+            return _open(kept)
+    return None
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time."""
+    """One process at a time, where the file system has locks."""
     import fcntl  # which Windows does not have; nor are there kernels for it
 
     opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
         os.close(opened)

@@ -10,8 +10,8 @@ typedef struct {
     long row, step;
 } Left;
 
-/* What becomes of the sums: start (columns) or null is added, what is below `floor` becomes that, and what is not above 0 in `gate`,
-   of the shape of c, or null, is 0. */
+/* What becomes of the sums: start (columns) or null is added, what is below `floor` becomes that, and what is not above 0 in
+   `gate`, of the shape of c, or null, is 0. */
 typedef struct {
     const float *start, *gate;
     float floor;

@@ -163,7 +163,8 @@ class Fused:
         # in bfloat16 numbers: 32 rows of weights, or of a gradient in float32 beside as many of another, or all of a narrow layer
         each = max(32 * (up(rows) + 2 * widest), *(2 * up(o.outputs) * o.inputs for o in both if o.kind == EXACT), 0)
         self.plan = _Plan(
-            *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim), self._room(rows * dim),
+            *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim),
+            decoder[0].gradient if _in_place(decoder) else self._room(rows * dim),
             self._room(rows), self._room(batch), self.sums.data_ptr(), self.squares.data_ptr(), blocks,
             self._room(shared // 2), self._room(self.threads * each // 2), each,
         )  # fmt: skip
