@@ -48,15 +48,17 @@ class Reader:
 
 
 def plan(tasks: Sequence[Task], *, reading: bool = True) -> list[Job]:
-    """What makes the cells: their trainings, the classifier where samples are to be read, and last the evaluations.
+    """What makes the cells: n trainings, n evaluations, the classifier where samples are to be read, and n readings of them.
 
-    The classifier comes after the trainings, which all processes are busy with: the one that is done first makes it.
+    The classifier comes after the evaluations, which need not wait for it: the process that is done first makes it.
     """
+    n = len(tasks)
     jobs = [Job(task.name, train, (task,)) for task in tasks]
+    jobs += [Job(task.name, evaluate, (task,), (i,)) for i, task in enumerate(tasks)]
     if reading:
         jobs.append(Job("the classifier", classify))
-    shared = tuple(range(len(tasks), len(jobs)))
-    return jobs + [Job(task.name, evaluate, (task,), (i, *shared)) for i, task in enumerate(tasks)]
+    shared = tuple(range(2 * n, len(jobs)))
+    return jobs + [Job(task.name, read, (task,), (i, n + i, *shared)) for i, task in enumerate(tasks)]
 
 
 def train(desk: Desk, task: Task) -> "Run":
@@ -105,12 +107,10 @@ def classify(desk: Desk) -> Reader | None:
     return Reader({name: tensor.numpy() for name, tensor in model.state_dict().items()}, model.classes, accuracy)
 
 
-def evaluate(desk: Desk, task: Task, run: "Run", reader: Reader | None = None) -> "Evaluation":
-    """The evaluation of a cell, which is saved in its run."""
+def evaluate(desk: Desk, task: Task, run: "Run") -> "Evaluation":
+    """The evaluation of a cell, all but what a classifier reads in its samples."""
     from vaelab import evaluation
     from vaelab.data.protocol import protocol
-    from vaelab.evaluation.compare import save
-    from vaelab.legibility import loaded
 
     desk.go_on()
     with desk.stage(f"evaluate {task.name}") as update:
@@ -119,11 +119,25 @@ def evaluate(desk: Desk, task: Task, run: "Run", reader: Reader | None = None) -
             desk.go_on()
             update(done, label)
 
-        found = evaluation.evaluate(
-            run.model(desk.device), desk.data, protocol(task.recipe.protocol), k=IS_SAMPLES, is_images=IS_IMAGES,
-            classifier=None if reader is None else loaded(desk.data, reader.weights), gap_images=0,
+        return evaluation.evaluate(
+            run.model(desk.device), desk.data, protocol(task.recipe.protocol), k=IS_SAMPLES, is_images=IS_IMAGES, gap_images=0,
             latent_images=LATENT_IMAGES, on_progress=show,
         )  # fmt: skip
+
+
+def read(desk: Desk, task: Task, run: "Run", found: "Evaluation", reader: Reader | None = None) -> "Evaluation":
+    """The whole evaluation of a cell, which is saved in its run."""
+    from vaelab import evaluation
+    from vaelab.data.protocol import protocol
+    from vaelab.evaluation.compare import save
+    from vaelab.legibility import loaded
+
+    desk.go_on()
+    if reader is not None:
+        with desk.stage(f"read samples {task.name}"):
+            classifier = loaded(desk.data, reader.weights)
+            model, by = run.model(desk.device), protocol(task.recipe.protocol)
+            found = evaluation.with_samples(found, model, desk.data, by, classifier)
     desk.go_on()
     save(run, found)
     return found

@@ -167,7 +167,7 @@ def _measured(
     tasks = [Task(folder / "runs" / f"{arm.key}-seed{r.seed}", r, f"{arm.label}, seed {r.seed}") for arm, r in wanted]
     jobs = cells.plan(tasks)
     shown = tuple(range(len(arms)))  # the trainings of the first seed, and their evaluations
-    evaluated = tuple(range(len(tasks) + 1, len(jobs)))
+    evaluated = tuple(range(2 * len(tasks) + 1, len(jobs)))
     graphs = len(jobs)
     if staff and ahead is not None:
         jobs.append(Job("the page to explore", cells.graphs, (), shown))
@@ -177,7 +177,7 @@ def _measured(
     found = perform(jobs, data, staff, device=device, stage=stage, stop=stop)
     if ahead is not None and figures > graphs:
         ahead |= found[graphs]
-    reader: cells.Reader | None = found[len(tasks)]
+    reader: cells.Reader | None = found[2 * len(tasks)]
     with stage("report") as update:
         made = [
             Cell(arm, run, run.model(device), found[place])

@@ -98,7 +98,7 @@ def test_two_processes_give_the_numbers_of_one(tasks, side_by_side, digits):
             assert (other.path / name).is_file()
         assert read_json(task.path / "evaluation.json") == read_json(other.path / "evaluation.json")
         assert Run.open(other.path).environment()["threads"] == 1
-    labels = {f"{what} {task.name}" for what in ("train", "evaluate") for task in two}
+    labels = {f"{what} {task.name}" for what in ("train", "evaluate", "read samples") for task in two}
     labels.add("train the classifier that reads the samples")
     assert sorted(shown) == sorted((label, what) for label in labels for what in ("begun", "ended"))
 

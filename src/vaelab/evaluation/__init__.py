@@ -19,6 +19,7 @@ log-likelihood of a conditional model is log p(x|c), with the labels of the data
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -46,7 +47,7 @@ from vaelab.training import evaluating, labels_for
 
 __all__ = [
     "CURVE", "PROPOSALS", "Evaluation", "Gaps", "ImportanceSampled", "Quantity", "codes_of", "decoded", "evaluate",
-    "evenly", "fitted_codes", "importance_sampled", "prior_codes", "split_gap",
+    "evenly", "fitted_codes", "importance_sampled", "prior_codes", "split_gap", "with_samples",
 ]  # fmt: skip
 
 OnProgress = Callable[[str, float], None]
@@ -133,6 +134,22 @@ def evaluate(
         "seed": seed,
     }
     return Evaluation(found, described, codes, measuring.per_image, (*measuring.alarms, *alarms))
+
+
+def with_samples(
+    found: Evaluation,
+    model: VAE,
+    data: Dataset,
+    protocol: Protocol,
+    classifier: Classifier,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> Evaluation:
+    """An evaluation that was made without a classifier, and what one reads in samples; arguments as in `evaluate`."""
+    with evaluating(model):
+        read = samples_.measure(model, data, protocol, classifier, samples=samples, seed=seed)
+    return replace(found, quantities={**found.quantities, **read})
 
 
 def fingerprint(x: Tensor, c: Tensor | None = None) -> str:
