@@ -631,3 +631,10 @@ def test_asking_for_torchs(monkeypatch):
     monkeypatch.setenv("VAELAB_KERNELS", "torch")
     monkeypatch.setattr(build, "_found", build._found.__wrapped__)
     assert build.library() is None and "VAELAB_KERNELS" in build.reason()
+
+
+@pytest.mark.parametrize("asked", ["", "auto"])
+def test_asking_for_nothing_in_particular(monkeypatch, asked):
+    monkeypatch.setenv("VAELAB_KERNELS", asked)
+    monkeypatch.setattr(build, "_found", build._found.__wrapped__)
+    assert build.library() is not None

@@ -79,7 +79,7 @@ def reason() -> str:
 
 @cache
 def _found() -> tuple[ctypes.CDLL | None, str]:
-    asked = os.environ.get("VAELAB_KERNELS", "auto")
+    asked = os.environ.get("VAELAB_KERNELS") or "auto"  # empty is unset
     if asked not in ("auto", "torch"):
         raise UsageError(f"VAELAB_KERNELS is {asked!r}: expected auto or torch")
     try:
