@@ -3,7 +3,7 @@
 Between two products of a network of this size Python and autograd take longer than the products. So where a model is a chain
 of known operations around a diagonal Gaussian, a standard normal and Bernoulli pixels, and what is differentiated is its ELBO,
 the chain is written down once (`fused`), and each pass runs it. Any other composition goes through autograd, layer by layer
-(`layers.py`); the results are the same (tests/train/test_native.py).
+(`layers.py`); the results are the same (tests/train/test_native_pass.py).
 """
 
 import ctypes

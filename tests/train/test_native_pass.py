@@ -1,0 +1,295 @@
+"""Whole passes in native code (`native/step.py`) against autograd, and the updates that they make."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vaelab.data.protocol import protocol
+from vaelab.likelihoods import GreyCrossEntropy
+from vaelab.models.vae import VAE
+from vaelab.native import library, reason
+from vaelab.native.layers import accelerated
+from vaelab.native.step import fused
+from vaelab.nn.mean import AroundMean, Centred
+from vaelab.nn.mlp import MLP, FourierMLP
+from vaelab.objectives import ELBO, FreeBits
+from vaelab.optim import Optimiser
+from vaelab.posteriors import Gaussian, Laplace
+from vaelab.priors import StandardNormal
+from vaelab.recipes import recipe
+from vaelab.registry import build as built
+from vaelab.rng import stream
+from vaelab.schedules import Linear
+from vaelab.training import fit, initial_model
+
+pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {reason()}")
+
+
+RECIPES = {
+    "grey": ("mnist", {}),
+    "from the mean image": ("mnist-fast", {}),
+    "waves, three samples": ("mnist-2d", {"k": 3, "beta": 0.5}),
+    "odd widths": ("mnist-2d", {"hidden": (33, 65), "decoder": (17,)}),
+    "seventeen dimensions": ("vae", {"latent_dim": 17}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_whole_pass_is_autograds(kernels, digits, name):
+    """Value, rate, distortion and every gradient, with the same noise."""
+    recipe_name, fields = RECIPES[name]
+    chosen = recipe(recipe_name, digits.shape, **fields)
+    objective, k = built(chosen.objective), chosen.training.k
+    x = protocol(chosen.protocol).training_batch(torch.from_numpy(digits.train.pixels[:77]), stream(0, "x"))
+    found = []
+    for whole in (True, False):
+        model = initial_model(chosen, digits).train()
+        with accelerated(model):
+            optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10, bfloat16=True)
+            if whole:
+                passes = fused(model, objective, x[0].numel(), 100, k)
+                passes(x[:50], stream(0, "other"), 3)  # what a pass leaves behind must not matter
+                passed = passes(x, stream(0, "noise"), 0)
+                values = passed.loss, passed.rate, passed.distortion
+                assert passed.gradient_norm == pytest.approx(optimiser.gradient.norm().item(), rel=1e-5)
+            else:
+                trace = model.trace(x, k=k, generator=stream(0, "noise"))
+                loss = objective(trace, 0).loss
+                loss.backward()
+                values = loss.item(), trace.rate.sum().item(), trace.distortion.sum().item()
+            found.append((values, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    (values, gradients), (expected, others) = found
+    assert values == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - others[name]).norm() < 3e-3 * others[name].norm(), name
+
+
+UPDATES = {
+    "adam": ("mnist", {}, {}),
+    "nadam, rates of the layers": ("mnist-2d", {}, {"name": "nadam", "rates": "fan-in", "beta2": 0.98}),
+    "averaged, from the mean image": ("mnist-fast", {}, {"average": 0.9}),
+    "odd widths": ("mnist-2d", {"hidden": (33, 65), "decoder": (17,)}, {}),
+    "a norm that is surely not clipped": ("mnist", {}, {"clip": 1e6}),
+    "a norm that is clipped": ("mnist", {}, {"clip": 1e-2}),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_in_the_pass_is_the_one_after_it(kernels, digits, name):
+    """The same bits; in the pass wherever the bound of the gradient's norm allows it."""
+    recipe_name, fields, settings = UPDATES[name]
+    chosen = recipe(recipe_name, digits.shape, **fields)
+    objective, noise = built(chosen.objective), stream(0, "x")
+    x = protocol(chosen.protocol).training_batch(torch.from_numpy(digits.train.pixels[:77]), noise)
+    found = []
+    for inside in (True, False):
+        model = initial_model(chosen, digits).train()
+        with accelerated(model):
+            given = {"name": "adam", "lr": 1e-3, "schedule": lambda done: 1 - done / 2, "steps": 10, **settings}
+            optimiser = Optimiser(model, **given, bfloat16=True)
+            passes = fused(model, objective, x[0].numel(), 100, chosen.training.k, optimiser if inside else None)
+            for step in range(4):
+                passed = passes(x[: 77 - step], stream(0, "noise", step), step)
+                assert passed.updated == (inside and settings.get("clip") != 1e-2)
+                assert optimiser.step(step, False, passed.gradient_norm, passed.updated) == passed.gradient_norm
+            found.append({key: value.clone() for key, value in optimiser.state().items()})
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_pass_that_is_not_finite_updates_nothing(kernels, digits, bad):
+    model = initial_model(recipe("mnist", digits.shape), digits)
+    optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    passes = fused(model, ELBO(), 64, 8, 1, optimiser)
+    x = torch.zeros(8, *digits.shape)
+    assert passes(x, stream(0, "noise"), 0).updated
+    before = optimiser.master.clone()
+    x[3, 0, 2, 2] = bad
+    passed = passes(x, stream(0, "noise"), 1)
+    assert not passed.updated and not math.isfinite(passed.loss)
+    optimiser.step(1, True, passed.gradient_norm, passed.updated)
+    assert torch.equal(optimiser.master, before)
+
+
+def test_a_value_that_overflows_beside_a_gradient_that_does_not_updates_nothing(kernels, digits):
+    model = initial_model(recipe("mnist", digits.shape), digits)
+    with torch.no_grad():
+        model.likelihood.decoder.layers[-1].bias.fill_(3e38)
+    optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    passed = fused(model, ELBO(), 64, 8, 1, optimiser)(torch.zeros(8, *digits.shape), stream(0, "noise"), 0)
+    assert passed.loss == math.inf and math.isfinite(passed.gradient_norm) and not passed.updated
+
+
+def test_weights_whose_gradient_may_overflow_are_updated_after_the_pass(kernels, digits):
+    """A value that is finite, beside a gradient whose squares are not, or may not be."""
+    model = initial_model(recipe("mnist", digits.shape), digits)
+    with torch.no_grad():
+        model.encoder.layers[0].weight.fill_(1e20)
+        model.posterior.head.weight.zero_()
+    optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    passed = fused(model, ELBO(), 64, 8, 1, optimiser)(torch.ones(8, *digits.shape), stream(0, "noise"), 0)
+    assert math.isfinite(passed.loss) and not passed.updated
+
+
+def test_training_in_whole_passes_has_the_same_bits_with_any_number_of_threads(digits, small, same_weights):
+    chosen = small(precision="bfloat16", epochs=1)
+    models = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        models.append(initial_model(chosen))
+        fit(models[-1], built(chosen.objective), digits, protocol(chosen.protocol), chosen.training)
+        assert torch.get_num_threads() == threads
+    assert same_weights(models[0], models[1]) and same_weights(models[0], models[2])
+
+
+def against_autograd(model, rel):
+    """Of eight images: the value, and all of the gradient. Returns the pass, the optimiser and the images."""
+    optimiser, x = (
+        Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10),
+        torch.rand(8, 1, 8, 8, generator=stream(0, "x")),
+    )
+    passed = fused(model, ELBO(), 64, 8, 1)(x, stream(0, "noise"), 0)
+    found = optimiser.gradient.clone()
+    optimiser.gradient.zero_()
+    loss = ELBO()(model.trace(x, generator=stream(0, "noise")), 0).loss
+    loss.backward()
+    assert passed.loss == pytest.approx(loss.item(), rel=rel)
+    assert (found - optimiser.gradient).norm() < 2e-2 * optimiser.gradient.norm()
+    return passed, optimiser, x
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 100.0, 1e5])
+def test_silu_of_any_size(kernels, size):
+    """A whole pass through activations around +-size is what autograd makes of it."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.SiLU())
+    decoder = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 64), nn.Unflatten(-1, (1, 8, 8)))
+    with torch.no_grad():
+        encoder[1].bias.copy_(torch.linspace(-size, size, 32))
+        decoder[2].weight.mul_(1 / max(1.0, size))
+    model = made(encoder=encoder, likelihood=GreyCrossEntropy(decoder))
+    model.posterior.head.weight.data.mul_(1 / max(1.0, size))
+    against_autograd(model, 1e-2)
+
+
+def test_schedules_reach_a_whole_pass(kernels, digits):
+    model = initial_model(recipe("mnist-2d", digits.shape), digits)
+    Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    passes = fused(model, ELBO(beta=Linear(0, 1, 10)), 64, 8, 1)
+    x = torch.zeros(8, *digits.shape)
+    first, last = (passes(x, stream(0, "noise"), step) for step in (0, 10))
+    assert first.loss == pytest.approx(first.distortion / 8) and last.loss == pytest.approx(
+        (last.rate + last.distortion) / 8
+    )
+
+
+def made(**parts):
+    dense = {
+        "encoder": MLP((1, 8, 8), [], [32], out_activation=True), "posterior": Gaussian(32, 2), "prior": StandardNormal(2),
+        "likelihood": GreyCrossEntropy(MLP([2], [32], (1, 8, 8))),
+    }  # fmt: skip
+    return VAE(**{**dense, **parts})
+
+
+def decoder_of(*first):
+    return nn.Sequential(*first, nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 64), nn.Unflatten(-1, (1, 8, 8)))
+
+
+CHAINS = {
+    "an activation of the code": lambda: {"likelihood": GreyCrossEntropy(decoder_of(nn.SiLU()))},
+    "a centred code": lambda: {"likelihood": GreyCrossEntropy(Centred(decoder_of(), [2]))},
+    "a shifted code": lambda: {"likelihood": GreyCrossEntropy(decoder_of(AroundMean(nn.Identity(), [2])))},
+    "waves in the middle of both": lambda: {
+        "encoder": nn.Sequential(nn.Flatten(), nn.Linear(64, 2), FourierMLP((2,), [30], (32,), scale=1.0), nn.SiLU()),
+        "likelihood": GreyCrossEntropy(nn.Sequential(nn.Linear(2, 2), FourierMLP((2,), [30], (1, 8, 8), scale=1.0))),
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_unusual_chains_are_autograds(kernels, name):
+    """Their gradients; and they are not updated in the pass where the gradient is to be clipped."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = made(**CHAINS[name]())
+    passed, optimiser, x = against_autograd(model, 1e-3)
+    for share in (0.5, 0.99):
+        optimiser.clip = share * passed.gradient_norm
+        assert not fused(model, ELBO(), 64, 8, 1, optimiser)(x, stream(0, "noise"), 0).updated
+
+
+def test_a_gradient_that_waves_make_large_is_clipped(kernels):
+    """Nearly all of it lies before them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        waves = FourierMLP((2,), [30], (1, 8, 8), scale=3000.0)
+        model = made(likelihood=GreyCrossEntropy(nn.Sequential(nn.Linear(2, 2), waves)))
+        model.likelihood.decoder[0].weight.data.mul_(1e-4)
+    optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10, clip=1.0)
+    passes = fused(model, ELBO(), 64, 8, 1, optimiser)
+    optimiser.clip = passes(torch.rand(8, 1, 8, 8, generator=stream(0, "x")), stream(0, "noise"), 0).gradient_norm / 5
+    assert not passes(torch.rand(8, 1, 8, 8, generator=stream(0, "x")), stream(0, "noise"), 0).updated
+
+
+def test_a_users_own_chain_is_a_whole_pass_too():
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.SiLU())
+    decoder = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 64), nn.Unflatten(-1, (1, 8, 8)))
+    model = made(encoder=encoder, likelihood=GreyCrossEntropy(decoder))
+    Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    assert fused(model, ELBO(), 64, 8, 1) is not None
+
+
+def test_what_is_no_known_chain_goes_through_autograd():
+    shared = nn.Linear(64, 64)
+
+    class Own(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :32]
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    hooked = made()
+    hooked.encoder.register_forward_hook(lambda *a: None)
+    unused = made()
+    unused.extra = nn.Parameter(torch.zeros(3))
+    cases = {
+        "a module of one's own": made(encoder=Own()),
+        "a subclass": made(encoder=nn.Sequential(nn.Flatten(), Doubled(64, 32))),
+        "another activation": made(encoder=MLP((1, 8, 8), [], [32], "gelu", out_activation=True)),
+        "dropout": made(encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout())),
+        "weights used twice": made(encoder=nn.Sequential(nn.Flatten(), shared, shared, nn.Linear(64, 32))),
+        "weights that are not used": unused,
+        "another posterior": made(posterior=Laplace(32, 2)),
+        "a hook": hooked,
+        "logits above zero": made(likelihood=GreyCrossEntropy(nn.Sequential(MLP([2], [32], (1, 8, 8)), nn.ReLU()))),
+        "an activation after another": made(
+            encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.SiLU())
+        ),
+        "a decoder of two channels": made(likelihood=GreyCrossEntropy(MLP([2], [32], (2, 8, 8)))),
+    }
+    for name, model in cases.items():
+        Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+        assert fused(model, ELBO(), 64, 8, 1) is None, name
+    model = made()
+    assert fused(model, ELBO(), 64, 8, 1) is None  # no optimiser, no place for gradients
+    Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    assert fused(model, FreeBits(0.1), 64, 8, 1) is None
+    assert fused(model, ELBO(), 64, 8, 1) is not None
+
+
+def test_training_with_and_without_the_kernels_gives_the_same_curve(digits, small, no_kernels):
+    """In bfloat16, on the digits: within a hundredth of a nat after two epochs."""
+    chosen = small(precision="bfloat16", lr=1e-3)
+    curves = []
+    for own in (True, False):
+        if not own:
+            no_kernels()
+        records = fit(
+            initial_model(chosen), built(chosen.objective), digits, protocol(chosen.protocol), chosen.training
+        )
+        curves.append([record[part]["distortion"] for record in records for part in ("train", "test")])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-2)
+    assert curves[0] != curves[1]
