@@ -34,6 +34,10 @@ LAUNCH = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "
           "--disable-component-update", "--disable-sync"]  # fmt: skip
 WIDE, NARROW = (1280, 720), (360, 740)
 INSIDE = ("file:", "blob:", "data:")
+SEEDED = """let state = 1; Math.random = () => {
+  state ^= state << 13; state ^= state >>> 17; state ^= state << 5; return (state >>> 0) / 2 ** 32;
+};"""
+"""The same numbers at every visit (Marsaglia, "Xorshift RNGs", 2003), so that what a test finds it finds again."""
 
 LAB = {"hidden": (64, 64), "decoder": (64, 64), "frequencies": 16}
 ANY = {"hidden": (64,), "protocol": "threshold"}
@@ -212,8 +216,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., View]]:
         )
         contexts.append(context)
         view = View(context.new_page())
-        if before:
-            view.page.add_init_script(before)
+        for script in (SEEDED, before):
+            view.page.add_init_script(script)
         view.page.on("console", lambda m: view.errors.append(m.text) if m.type in ("error", "warning") else None)
         view.page.on("pageerror", lambda error: view.errors.append(str(error)))
         view.page.on("request", lambda request: view.requests.append(request.url))
