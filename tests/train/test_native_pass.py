@@ -33,6 +33,9 @@ RECIPES = {
     "waves, three samples": ("mnist-2d", {"k": 3, "beta": 0.5}),
     "odd widths": ("mnist-2d", {"hidden": (33, 65), "decoder": (17,)}),
     "seventeen dimensions": ("vae", {"latent_dim": 17}),
+    "convolutions": ("vae", {"network": "conv"}),
+    "three convolutions, three samples": ("vae", {"network": "conv", "channels": (5, 33, 17), "k": 3}),
+    "convolutions and ReLU": ("vae", {"network": "conv", "channels": (16,), "activation": "relu"}),
 }
 
 
@@ -49,7 +52,7 @@ def test_a_whole_pass_is_autograds(kernels, digits, name):
         with accelerated(model):
             optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10, bfloat16=True)
             if whole:
-                passes = fused(model, objective, x[0].numel(), 100, k)
+                passes = fused(model, objective, x.shape[1:], 100, k)
                 passes(x[:50], stream(0, "other"), 3)  # what a pass leaves behind must not matter
                 passed = passes(x, stream(0, "noise"), 0)
                 values = passed.loss, passed.rate, passed.distortion
@@ -71,6 +74,7 @@ UPDATES = {
     "nadam, rates of the layers": ("mnist-2d", {}, {"name": "nadam", "rates": "fan-in", "beta2": 0.98}),
     "averaged, from the mean image": ("mnist-fast", {}, {"average": 0.9}),
     "odd widths": ("mnist-2d", {"hidden": (33, 65), "decoder": (17,)}, {}),
+    "convolutions": ("vae", {"network": "conv", "channels": (5, 33)}, {}),
     "a norm that is surely not clipped": ("mnist", {}, {"clip": 1e6}),
     "a norm that is clipped": ("mnist", {}, {"clip": 1e-2}),
 }
@@ -89,7 +93,7 @@ def test_an_update_in_the_pass_is_the_one_after_it(kernels, digits, name):
         with accelerated(model):
             given = {"name": "adam", "lr": 1e-3, "schedule": lambda done: 1 - done / 2, "steps": 10, **settings}
             optimiser = Optimiser(model, **given, bfloat16=True)
-            passes = fused(model, objective, x[0].numel(), 100, chosen.training.k, optimiser if inside else None)
+            passes = fused(model, objective, x.shape[1:], 100, chosen.training.k, optimiser if inside else None)
             for step in range(4):
                 passed = passes(x[: 77 - step], stream(0, "noise", step), step)
                 assert passed.updated == (inside and settings.get("clip") != 1e-2)
@@ -102,7 +106,7 @@ def test_an_update_in_the_pass_is_the_one_after_it(kernels, digits, name):
 def test_a_pass_that_is_not_finite_updates_nothing(kernels, digits, bad):
     model = initial_model(recipe("mnist", digits.shape), digits)
     optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
-    passes = fused(model, ELBO(), 64, 8, 1, optimiser)
+    passes = fused(model, ELBO(), (1, 8, 8), 8, 1, optimiser)
     x = torch.zeros(8, *digits.shape)
     assert passes(x, stream(0, "noise"), 0).updated
     before = optimiser.master.clone()
@@ -118,7 +122,7 @@ def test_a_value_that_overflows_beside_a_gradient_that_does_not_updates_nothing(
     with torch.no_grad():
         model.likelihood.decoder.layers[-1].bias.fill_(3e38)
     optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
-    passed = fused(model, ELBO(), 64, 8, 1, optimiser)(torch.zeros(8, *digits.shape), stream(0, "noise"), 0)
+    passed = fused(model, ELBO(), (1, 8, 8), 8, 1, optimiser)(torch.zeros(8, *digits.shape), stream(0, "noise"), 0)
     assert passed.loss == math.inf and math.isfinite(passed.gradient_norm) and not passed.updated
 
 
@@ -129,7 +133,7 @@ def test_weights_whose_gradient_may_overflow_are_updated_after_the_pass(kernels,
         model.encoder.layers[0].weight.fill_(1e20)
         model.posterior.head.weight.zero_()
     optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
-    passed = fused(model, ELBO(), 64, 8, 1, optimiser)(torch.ones(8, *digits.shape), stream(0, "noise"), 0)
+    passed = fused(model, ELBO(), (1, 8, 8), 8, 1, optimiser)(torch.ones(8, *digits.shape), stream(0, "noise"), 0)
     assert math.isfinite(passed.loss) and not passed.updated
 
 
@@ -150,7 +154,7 @@ def against_autograd(model, rel):
         Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10),
         torch.rand(8, 1, 8, 8, generator=stream(0, "x")),
     )
-    passed = fused(model, ELBO(), 64, 8, 1)(x, stream(0, "noise"), 0)
+    passed = fused(model, ELBO(), (1, 8, 8), 8, 1)(x, stream(0, "noise"), 0)
     found = optimiser.gradient.clone()
     optimiser.gradient.zero_()
     loss = ELBO()(model.trace(x, generator=stream(0, "noise")), 0).loss
@@ -176,7 +180,7 @@ def test_silu_of_any_size(kernels, size):
 def test_schedules_reach_a_whole_pass(kernels, digits):
     model = initial_model(recipe("mnist-2d", digits.shape), digits)
     Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
-    passes = fused(model, ELBO(beta=Linear(0, 1, 10)), 64, 8, 1)
+    passes = fused(model, ELBO(beta=Linear(0, 1, 10)), (1, 8, 8), 8, 1)
     x = torch.zeros(8, *digits.shape)
     first, last = (passes(x, stream(0, "noise"), step) for step in (0, 10))
     assert first.loss == pytest.approx(first.distortion / 8) and last.loss == pytest.approx(
@@ -197,7 +201,6 @@ def decoder_of(*first):
 
 
 CHAINS = {
-    "an activation of the code": lambda: {"likelihood": GreyCrossEntropy(decoder_of(nn.SiLU()))},
     "a centred code": lambda: {"likelihood": GreyCrossEntropy(Centred(decoder_of(), [2]))},
     "a shifted code": lambda: {"likelihood": GreyCrossEntropy(decoder_of(AroundMean(nn.Identity(), [2])))},
     "waves in the middle of both": lambda: {
@@ -216,7 +219,7 @@ def test_unusual_chains_are_autograds(kernels, name):
     passed, optimiser, x = against_autograd(model, 1e-3)
     for share in (0.5, 0.99):
         optimiser.clip = share * passed.gradient_norm
-        assert not fused(model, ELBO(), 64, 8, 1, optimiser)(x, stream(0, "noise"), 0).updated
+        assert not fused(model, ELBO(), (1, 8, 8), 8, 1, optimiser)(x, stream(0, "noise"), 0).updated
 
 
 def test_a_gradient_that_waves_make_large_is_clipped(kernels):
@@ -227,7 +230,7 @@ def test_a_gradient_that_waves_make_large_is_clipped(kernels):
         model = made(likelihood=GreyCrossEntropy(nn.Sequential(nn.Linear(2, 2), waves)))
         model.likelihood.decoder[0].weight.data.mul_(1e-4)
     optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10, clip=1.0)
-    passes = fused(model, ELBO(), 64, 8, 1, optimiser)
+    passes = fused(model, ELBO(), (1, 8, 8), 8, 1, optimiser)
     optimiser.clip = passes(torch.rand(8, 1, 8, 8, generator=stream(0, "x")), stream(0, "noise"), 0).gradient_norm / 5
     assert not passes(torch.rand(8, 1, 8, 8, generator=stream(0, "x")), stream(0, "noise"), 0).updated
 
@@ -237,7 +240,7 @@ def test_a_users_own_chain_is_a_whole_pass_too():
     decoder = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 64), nn.Unflatten(-1, (1, 8, 8)))
     model = made(encoder=encoder, likelihood=GreyCrossEntropy(decoder))
     Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
-    assert fused(model, ELBO(), 64, 8, 1) is not None
+    assert fused(model, ELBO(), (1, 8, 8), 8, 1) is not None
 
 
 def test_what_is_no_known_chain_goes_through_autograd():
@@ -262,6 +265,7 @@ def test_what_is_no_known_chain_goes_through_autograd():
         "dropout": made(encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout())),
         "weights used twice": made(encoder=nn.Sequential(nn.Flatten(), shared, shared, nn.Linear(64, 32))),
         "weights that are not used": unused,
+        "an activation of the code": made(likelihood=GreyCrossEntropy(decoder_of(nn.SiLU()))),
         "another posterior": made(posterior=Laplace(32, 2)),
         "a hook": hooked,
         "logits above zero": made(likelihood=GreyCrossEntropy(nn.Sequential(MLP([2], [32], (1, 8, 8)), nn.ReLU()))),
@@ -272,12 +276,12 @@ def test_what_is_no_known_chain_goes_through_autograd():
     }
     for name, model in cases.items():
         Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
-        assert fused(model, ELBO(), 64, 8, 1) is None, name
+        assert fused(model, ELBO(), (1, 8, 8), 8, 1) is None, name
     model = made()
-    assert fused(model, ELBO(), 64, 8, 1) is None  # no optimiser, no place for gradients
+    assert fused(model, ELBO(), (1, 8, 8), 8, 1) is None  # no optimiser, no place for gradients
     Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
-    assert fused(model, FreeBits(0.1), 64, 8, 1) is None
-    assert fused(model, ELBO(), 64, 8, 1) is not None
+    assert fused(model, FreeBits(0.1), (1, 8, 8), 8, 1) is None
+    assert fused(model, ELBO(), (1, 8, 8), 8, 1) is not None
 
 
 def test_training_with_and_without_the_kernels_gives_the_same_curve(digits, small, no_kernels):

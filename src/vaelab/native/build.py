@@ -32,7 +32,9 @@ SOURCES = (
     "pixels.c",
     "start.c",
 )
-HEADERS = ("tiles.h", "rows.h", "functions.h", "linear.h", "exact.h", "pixels.h", "adam.h")
+HEADERS = (
+    "tiles.h", "rows.h", "functions.h", "activations.h", "linear.h", "exact.h", "convolution.h", "windows.h", "pixels.h", "adam.h"
+)  # fmt: skip
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
 COMPILERS = ("cc", "gcc", "clang")
@@ -43,11 +45,10 @@ _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ct
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_forward": (*[_pointer] * 4, *[_long] * 3, _pointer, _int),
     "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
-    "convolution_down": (*[_pointer] * 6, _int),
-    "convolution_up": (*[_pointer] * 6, _int),
+    "convolution": (_pointer, _int, *[_pointer] * 5, _int),
     "convolution_weights": (*[_pointer] * 5, _int),
     "convolution_bias": (*[_pointer] * 2, *[_long] * 3, _int),
-    "convolution_room": (*[_pointer] * 2, _int),
+    "convolution_room": (*[_pointer] * 2,),
     "grey": (*[_pointer] * 3, *[_long] * 2, _int),
     "bits": (*[_pointer] * 4, *[_long] * 2, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),

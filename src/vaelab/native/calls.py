@@ -50,7 +50,7 @@ def usual(x: Tensor) -> bool:
 def linear_room(m: int, n: int, k: int) -> int:
     """bfloat16 numbers of scratch that a linear layer of k inputs and n outputs needs for m rows, see `linear_backward`."""
     m, n, k = up(m), up(n), up(k)
-    return 2 * m * n + m * k + n * k
+    return 2 * m * n + (m + 2) * k + (n + 2) * k
 
 
 def up(n: int) -> int:

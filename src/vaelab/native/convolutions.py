@@ -1,6 +1,7 @@
 """Convolutions and transposed convolutions, which are each other's gradients, with the kernels of `convolution.c`."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -13,8 +14,28 @@ Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 def fits(layer: Convolution) -> bool:
     """Whether the kernels know a layer's settings."""
+    if isinstance(layer, nn.ConvTranspose2d) and any(
+        m >= s for m, s in zip(layer.output_padding, layer.stride, strict=True)
+    ):
+        return False
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     return plain and isinstance(layer.padding, tuple)
+
+
+def made(layer: Convolution, given: Sequence[int], more: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The sides of the images that a layer makes of images of given sides; `more` in place of its output_padding."""
+    settings = zip(given, layer.kernel_size, layer.stride, layer.padding, strict=False)
+    if isinstance(layer, nn.ConvTranspose2d):
+        added = layer.output_padding if more is None else more
+        return tuple((n - 1) * s - 2 * int(p) + k + m for (n, k, s, p), m in zip(settings, added, strict=True))
+    return tuple((n + 2 * int(p) - k) // s + 1 for n, k, s, p in settings)
+
+
+def shape_of(layer: Convolution, images: int, given: Sequence[int], sides: Sequence[int]) -> tuple[int, ...]:
+    """The `Shape` of convolution.h, of a layer that makes images of some sides from those of given ones."""
+    small, large = (given, sides) if isinstance(layer, nn.ConvTranspose2d) else (sides, given)
+    n, c, *kernel = layer.weight.shape
+    return (images, c, *large, n, *small, *kernel, *layer.stride, *layer.padding)  # type: ignore[arg-type]
 
 
 def transposed(layer: nn.ConvTranspose2d, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -22,9 +43,7 @@ def transposed(layer: nn.ConvTranspose2d, x: Tensor, output_size: list[int] | No
     geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
     kernel, stride, padding, dilation = ([int(v) for v in values] for values in geometry)
     more = layer._output_padding(x, output_size, stride, padding, kernel, 2, dilation)  # type: ignore[arg-type]
-    sides = [
-        (n - 1) * s - 2 * p + k + m for n, s, p, k, m in zip(x.shape[-2:], stride, padding, kernel, more, strict=True)
-    ]
+    sides = made(layer, x.shape[-2:], more)
     # torch's own answers what is empty, and says what is wrong
     if not _is_usual(layer, x, sides) or any(m >= s for m, s in zip(more, stride, strict=True)):
         return nn.ConvTranspose2d.forward(layer, x, output_size)
@@ -33,20 +52,18 @@ def transposed(layer: nn.ConvTranspose2d, x: Tensor, output_size: list[int] | No
 
 def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """What replaces the forward of a convolution."""
-    geometry = zip(x.shape[-2:], layer.stride, layer.padding, layer.kernel_size, strict=False)
-    sides = [(n + 2 * int(p) - k) // s + 1 for n, s, p, k in geometry]
+    sides = made(layer, x.shape[-2:])
     return _run(layer, x, sides, (0, 0)) if _is_usual(layer, x, sides) else nn.Conv2d.forward(layer, x)
 
 
-def _is_usual(layer: Convolution, x: Tensor, sides: list[int]) -> bool:
+def _is_usual(layer: Convolution, x: Tensor, sides: Sequence[int]) -> bool:
     return usual(x) and x.dim() in (3, 4) and x.shape[-3] == layer.in_channels and min(sides) > 0
 
 
-def _run(layer: Convolution, x: Tensor, sides: list[int], more: tuple[int, ...]) -> Tensor:
+def _run(layer: Convolution, x: Tensor, sides: Sequence[int], more: tuple[int, ...]) -> Tensor:
     weight, back = layer.weight, isinstance(layer, nn.ConvTranspose2d)
     images = 1 if x.dim() == 3 else x.shape[0]
-    small, large = (x.shape[-2:], sides) if back else (sides, x.shape[-2:])
-    shape = (images, weight.shape[1], *large, weight.shape[0], *small, *weight.shape[2:], *layer.stride, *layer.padding)
+    shape = shape_of(layer, images, x.shape[-2:], sides)
     images_ = (x.unsqueeze(0) if x.dim() == 3 else x).contiguous().float()  # here, where autograd sees it
     y = _Convolution.apply(images_, weight, layer.bias, shape, more, back)
     return y.squeeze(0) if x.dim() == 3 else y  # type: ignore[no-any-return]
@@ -83,7 +100,7 @@ class _Convolution(torch.autograd.Function):
             large, small = (dy, x) if back else (x, dy)
             room = scratch(_room(shape, threads))
             kernels().convolution_weights(
-                large.data_ptr(), small.data_ptr(), into.data_ptr(), _longs(shape), room.data_ptr(), threads
+                large.data_ptr(), small.data_ptr(), into.data_ptr(), longs(shape), room.data_ptr(), threads
             )
         if bias is not None and needed[2]:
             into, db = sink(bias)
@@ -95,20 +112,27 @@ class _Convolution(torch.autograd.Function):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], upwards: bool) -> Tensor:
     threads = torch.get_num_threads()
     y = x.new_empty(shape[0], *(shape[1:4] if upwards else shape[4:7]))
-    call = kernels().convolution_up if upwards else kernels().convolution_down
     room = scratch(_room(shape, threads))
-    call(x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), _longs(shape), room.data_ptr(), threads)
+    kernels().convolution(
+        longs(shape), upwards, x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), room.data_ptr(), threads
+    )
     return y
 
 
 @cache
-def _longs(shape: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
-    """The `Shape` of convolution.c."""
+def longs(shape: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
+    """The `Shape` of convolution.h."""
     return (ctypes.c_long * len(shape))(*shape)
 
 
 @cache
+def rooms(shape: tuple[int, ...]) -> tuple[int, int]:
+    """bfloat16 numbers of scratch: of all threads, and of each alone."""
+    found = (ctypes.c_long * 2)()
+    kernels().convolution_room(longs(shape), found)
+    return found[0], found[1]
+
+
 def _room(shape: tuple[int, ...], threads: int) -> int:
-    found = ctypes.c_long()
-    kernels().convolution_room(_longs(shape), ctypes.byref(found), threads)
-    return found.value
+    shared, each = rooms(shape)
+    return shared + threads * each

@@ -7,16 +7,15 @@
 #ifndef EXACT_H
 #define EXACT_H
 
+#include "activations.h"
+
 #define ROWS 8 /* of a product at a time */
 
-/* y = x w' + b, b or null, or `floor` where that is more: 0 or -infinity. `alone` is each thread's own, up(n) k numbers. */
-void exact_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, float floor,
-                          float *alone);
+/* y = x w', and what follows. `alone` is each thread's own, up(n) k numbers. */
+void exact_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, float *alone);
 
-/* dx = dy w, and 0 where the number of `gate` (m, k), if there is one, is not above 0. Adds the sum of the squares of dx to *size,
-   in any order. */
-void exact_input_shared(const float *dy, const float *w, const float *gate, float *dx, long m, long n, long k,
-                        double *size);
+/* dx = dy w through the gate. Adds the sum of the squares of dx to *size, in any order. */
+void exact_input_shared(const float *dy, const float *w, Gate gate, float *dx, long m, long n, long k, double *size);
 
 /* The rows of dw = dy' x from row ROWS t, dw has their place, or is null; db likewise, the sums of dy over rows. Of one thread;
    returns the sum of the squares of both. */

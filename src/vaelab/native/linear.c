@@ -25,7 +25,7 @@ static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out)
     }
 }
 
-/* x (depth, n) as B itself, K = up(depth): the panels from `begin` to `end`, row after row. */
+/* x (depth, n) as B itself, K = depth: the panels from `begin` to `end`, row after row. */
 static inline void as_panels(const float *x, long depth, long n, long begin, long end, bf16 *out) {
     long k = up(depth);
     for (long i = 0; i < k; i += 2)
@@ -34,24 +34,25 @@ static inline void as_panels(const float *x, long depth, long n, long begin, lon
             const float *row = x + i * n + j * HALF;
             __m512 a = _mm512_maskz_loadu_ps(i < depth ? inside : 0, row);
             __m512 b = _mm512_maskz_loadu_ps(i + 1 < depth ? inside : 0, row + n);
-            _mm512_storeu_si512(out + j * k * HALF + i * HALF, pairs(a, b));
+            _mm512_storeu_si512(out + j * apart(depth) + i * HALF, pairs(a, b));
         }
 }
 
-/* c (m, n) = the block of sums (columns by rows) that begins at row i, column j of c, plus bias (n) or null; no less than
-   `floor`. */
-static inline void put_transposed(const float *sums, const float *bias, float floor, long m, long n, long i, long j, float *c) {
+/* c (m, n) = the block of sums (columns by rows) that begins at row i, column j of c, and what follows. */
+static inline void put_transposed(const float *sums, Forward then, long m, long n, long i, long j, float *c) {
     for (int h = 0; h < 2; h++)
         for (int g = 0; g < 2; g++) {
             long column = j + h * HALF, row = i + g * HALF;
             __mmask16 inside = first16(n - column);
-            __m512 start = bias ? _mm512_maskz_loadu_ps(inside, bias + column) : _mm512_setzero_ps();
+            __m512 start = then.start ? _mm512_maskz_loadu_ps(inside, then.start + column) : _mm512_setzero_ps();
             __m512i r[16];
             for (int q = 0; q < 16; q++) r[q] = _mm512_load_si512(sums + (h * HALF + q) * SIDE + g * HALF);
             transpose(r);
-            for (long q = 0; q < least(HALF, m - row); q++)
-                _mm512_mask_storeu_ps(c + (row + q) * n + column, inside,
-                                      _mm512_max_ps(_mm512_set1_ps(floor), _mm512_add_ps(start, (__m512)r[q])));
+            for (long q = 0; q < least(HALF, m - row); q++) {
+                long at = (row + q) * n + column;
+                __m512 sum = _mm512_add_ps(start, (__m512)r[q]);
+                _mm512_mask_storeu_ps(c + at, inside, activated(then.activation, sum, then.slopes + at, inside));
+            }
         }
 }
 
@@ -63,25 +64,29 @@ static inline void expect(const float *c, long m, long n, long i, long j) {
     }
 }
 
-/* Rows i and i + 1 of x (depth, n) on their way: as two rows of A, and as pairs of B, K = up(depth), where `panels` has room. */
-static inline void two_rows(const float *x, long depth, long n, long i, bf16 *rows, bf16 *panels) {
-    const float *one = x + i * n, *two = one + n;
-    __mmask16 first = i < depth ? 0xffff : 0, second = i + 1 < depth ? 0xffff : 0;
+#define TOGETHER 32 /* rows that are read side by side: what they write to a panel is one piece then */
+
+/* Some rows of x (depth, n) from row i on their way: as rows of A, and as pairs of B, K = depth, where `panels` has room. */
+static inline void some_rows(const float *x, long depth, long n, long i, bf16 *rows, bf16 *panels) {
     for (long j = 0; j < up(n); j += 32) {
         __mmask16 left = first16(n - j), right = first16(n - j - 16);
-        __m512 a = _mm512_maskz_loadu_ps(left & first, one + j), b = _mm512_maskz_loadu_ps(right & first, one + j + 16);
-        __m512 c = _mm512_maskz_loadu_ps(left & second, two + j), d = _mm512_maskz_loadu_ps(right & second, two + j + 16);
-        _mm512_storeu_si512(rows + j, narrow(a, b));
-        _mm512_storeu_si512(rows + up(n) + j, narrow(c, d));
-        if (panels) {
-            bf16 *to = panels + j * up(depth) + i * HALF;
-            _mm512_storeu_si512(to, pairs(a, c));
-            _mm512_storeu_si512(to + up(depth) * HALF, pairs(b, d));
+        bf16 *to = panels + j / HALF * apart(depth) + i * HALF;
+        for (long h = 0; h < TOGETHER; h += 2) {
+            const float *row = x + (i + h) * n + j;
+            __mmask16 first = i + h < depth ? 0xffff : 0, second = i + h + 1 < depth ? 0xffff : 0;
+            __m512 a = _mm512_maskz_loadu_ps(left & first, row), b = _mm512_maskz_loadu_ps(right & first, row + 16);
+            __m512 c = _mm512_maskz_loadu_ps(left & second, row + n), d = _mm512_maskz_loadu_ps(right & second, row + n + 16);
+            _mm512_storeu_si512(rows + h * up(n) + j, narrow(a, b));
+            _mm512_storeu_si512(rows + (h + 1) * up(n) + j, narrow(c, d));
+            if (panels) {
+                _mm512_storeu_si512(to + h * HALF, pairs(a, c));
+                _mm512_storeu_si512(to + apart(depth) + h * HALF, pairs(b, d));
+            }
         }
     }
 }
 
-/* 16 rows of x (m, k) from row i as the columns of a panel of B, K = up(k), and as pairs of B with K = up(m) where `inputs` has
+/* 16 rows of x (m, k) from row i as the columns of a panel of B, K = up(k), and as pairs of B with K = m where `inputs` has
    room. Returns the sum of their squares. */
 static inline double sixteen_rows(const float *x, long m, long k, long i, bf16 *columns, bf16 *inputs) {
     __m512 squares = _mm512_setzero_ps();
@@ -98,9 +103,9 @@ static inline double sixteen_rows(const float *x, long m, long k, long i, bf16 *
             r[h] = narrow(a, b);
             r[h + 1] = narrow(c, d);
             if (inputs) {
-                bf16 *to = inputs + j * up(m) + (i + h) * HALF;
+                bf16 *to = inputs + j / HALF * apart(m) + (i + h) * HALF;
                 _mm512_storeu_si512(to, pairs(a, c));
-                _mm512_storeu_si512(to + up(m) * HALF, pairs(b, d));
+                _mm512_storeu_si512(to + apart(m), pairs(b, d));
             }
         }
         transpose(r);
@@ -109,8 +114,8 @@ static inline double sixteen_rows(const float *x, long m, long k, long i, bf16 *
     return _mm512_reduce_add_ps(squares);
 }
 
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, float floor,
-                           Kept kept, double *size, bf16 *scratch, bf16 *alone) {
+void linear_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, Kept kept,
+                           double *size, bf16 *scratch, bf16 *alone) {
     long depth = up(k);
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
@@ -119,10 +124,10 @@ void linear_forward_shared(const float *x, const float *w, const float *b, float
     for (long j = 0; j < up(m); j += HALF) squares += sixteen_rows(x, m, k, j, scratch + j * depth, kept.inputs);
 #pragma omp for schedule(static)
     for (long t = 0; t < up(n); t += SIDE) {
-        for (long i = 0; i < SIDE; i += 2) two_rows(w, n, k, t + i, alone + i * depth, kept.weights);
+        for (long i = 0; i < SIDE; i += TOGETHER) some_rows(w, n, k, t + i, alone + i * depth, kept.weights);
         for (long i = 0; i < m; i += SIDE) {
             block((Rows){alone, depth, 0}, (Panels){scratch + i * depth, HALF * depth, 0, COARSE}, depth, COARSE, sums, SIDE);
-            put_transposed(sums, b, floor, m, n, i, t, y);
+            put_transposed(sums, then, m, n, i, t, y);
         }
     }
     end_tiles();
@@ -132,8 +137,8 @@ void linear_forward_shared(const float *x, const float *w, const float *b, float
     }
 }
 
-void linear_input_shared(const float *dy, const bf16 *weights, const float *gate, float *dx, long m, long n, long k,
-                         double *size, bf16 *scratch) {
+void linear_input_shared(const float *dy, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size,
+                         bf16 *scratch) {
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
     begin_tiles();
@@ -142,7 +147,7 @@ void linear_input_shared(const float *dy, const bf16 *weights, const float *gate
 #pragma omp for schedule(static) nowait
     for (long j = 0; j < up(k); j += SIDE)
         for (long i = 0; i < m; i += SIDE) {
-            Panels b = {weights + j * up(n), HALF * up(n), 0, COARSE};
+            Panels b = {weights + j / HALF * apart(n), apart(n), 0, COARSE};
             block((Rows){scratch + i * up(n), up(n), 0}, b, up(n), COARSE, sums, SIDE);
             squares += put(sums, 0, gate, m, k, i, j, dx);
         }
@@ -164,9 +169,9 @@ double linear_rows(const float *dy, const bf16 *inputs, float *dw, float *db, lo
         expect(dw, rows, k, 0, 0);
         for (long j = 0; j < up(k); j += SIDE) {
             if (j + SIDE < k) expect(dw, rows, k, 0, j + SIDE);
-            Panels b = {inputs + j * up(m), HALF * up(m), 0, COARSE};
+            Panels b = {inputs + j / HALF * apart(m), apart(m), 0, COARSE};
             block((Rows){alone, up(m), 0}, b, up(m), COARSE, sums, SIDE);
-            total += put(sums, add, 0, rows, k, 0, j, dw);
+            total += put(sums, add, (Gate){IDENTITY, 0}, rows, k, 0, j, dw);
         }
     }
     if (db)
@@ -186,7 +191,7 @@ void linear_forward(const float *x, const float *w, const float *b, float *y, lo
     {
         unsigned control = begin_flushing();
         bf16 *alone = scratch + up(m) * up(k) + omp_get_thread_num() * SIDE * up(k);
-        linear_forward_shared(x, w, b, y, m, n, k, -INFINITY, (Kept){0, 0}, 0, scratch, alone);
+        linear_forward_shared(x, w, (Forward){b, IDENTITY, 0}, y, m, n, k, (Kept){0, 0}, 0, scratch, alone);
         end_flushing(control);
     }
 }
@@ -194,19 +199,19 @@ void linear_forward(const float *x, const float *w, const float *b, float *y, lo
 /* dw and db are added to; each of dw, db and dx may be null. */
 void linear_backward(const float *x, const float *w, const float *dy, float *dw, float *db, float *dx, long m, long n, long k,
                      bf16 *scratch, int threads) {
-    bf16 *across = scratch, *inputs = across + up(m) * up(n), *weights = inputs + up(m) * up(k);
     long panels = up(k) / HALF, strip = (panels + threads - 1) / threads;
+    bf16 *across = scratch, *inputs = across + up(m) * up(n), *weights = inputs + panels * apart(m);
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
-        bf16 *alone = weights + up(n) * up(k) + omp_get_thread_num() * SIDE * up(m);
+        bf16 *alone = weights + panels * apart(n) + omp_get_thread_num() * SIDE * up(m);
 #pragma omp for schedule(static)
         for (long s = 0; s < threads; s++) {
             long begin = least(panels, s * strip), end = least(panels, (s + 1) * strip);
             if (dw) as_panels(x, m, k, begin, end, inputs);
             if (dx) as_panels(w, n, k, begin, end, weights);
         }
-        if (dx) linear_input_shared(dy, weights, 0, dx, m, n, k, 0, across);
+        if (dx) linear_input_shared(dy, weights, (Gate){IDENTITY, 0}, dx, m, n, k, 0, across);
         begin_tiles();
 #pragma omp for schedule(static)
         for (long t = 0; t < up(n) / SIDE; t++)

@@ -12,22 +12,24 @@
 #ifndef LINEAR_H
 #define LINEAR_H
 
-#include "tiles.h"
+#include "activations.h"
 
-/* What forward keeps for the way back, as panels of B: x with K = up(m), and w with K = up(n); each null or room. */
+/* From a kept panel of depth K to the next: not a power of two, whose lines would all fall into the same few of a cache. */
+static inline long apart(long k) { return HALF * up(k) + SIDE; }
+
+/* What forward keeps for the way back, as panels of B: x with K = m, and w with K = n; each null or room for a panel for each 16
+   of up(k). */
 typedef struct {
     bf16 *inputs, *weights;
 } Kept;
 
-/* y = x w' + b, b or null, or `floor` where that is more: 0 or -infinity. Adds the sum of the squares of x to *size, if there is
-   one, in any order. */
-void linear_forward_shared(const float *x, const float *w, const float *b, float *y, long m, long n, long k, float floor,
-                           Kept kept, double *size, bf16 *scratch, bf16 *alone);
+/* y = x w', and what follows. Adds the sum of the squares of x to *size, if there is one, in any order. */
+void linear_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, Kept kept,
+                           double *size, bf16 *scratch, bf16 *alone);
 
-/* dx = dy w, w as kept, and 0 where the number of `gate` (m, k), if there is one, is not above 0. Adds the sum of the squares of dx
-   to *size, as above. */
-void linear_input_shared(const float *dy, const bf16 *weights, const float *gate, float *dx, long m, long n, long k,
-                         double *size, bf16 *scratch);
+/* dx = dy w through the gate, w as kept. Adds the sum of the squares of dx to *size, as above. */
+void linear_input_shared(const float *dy, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size,
+                         bf16 *scratch);
 
 /* The 32 rows of dw = dy' x from row 32 t, or += where `add`, x as kept: dw has their place, or is null. db likewise, the sums of
    dy over rows. Of one thread; returns the sum of the squares of both. */

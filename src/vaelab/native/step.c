@@ -7,11 +7,12 @@
 #include <omp.h>
 
 #include "adam.h"
+#include "convolution.h"
 #include "exact.h"
 #include "linear.h"
 #include "pixels.h"
 
-enum { LINEAR, EXACT, ADD, SUBTRACT, SILU, WAVES };
+enum { LINEAR, EXACT, DOWN, UP, ADD, SUBTRACT, WAVES };
 
 /* Weights or biases, their gradient, and Adam's moments of them, and their multiple of its learning rate. */
 typedef struct {
@@ -20,19 +21,21 @@ typedef struct {
 } Parameter;
 
 /* (rows, inputs) to value (rows, outputs), and on the way back `gradient`, of the value.
-   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products of bfloat16 or float32 numbers, and no less than `floor`,
-                   which is 0 (ReLU) or -infinity; LINEAR has room for what is kept; where dw or db is not null it is set,
-                   and the sums of the squares of both
+   LINEAR, EXACT   w (outputs, inputs), b (outputs) or null, products of bfloat16 or float32 numbers; LINEAR has room for what is
+                   kept
+   DOWN, UP        convolutions and transposed ones of `shape`, whose images are the rows
+                   After all four comes an activation, and the slopes of SiLU are kept; where dw or db is not null it is set, and
+                   the sums of the squares of their parts
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants
    size and slope are the sums of the squares of x, and of the gradient of the value, or more. */
 typedef struct {
-    long kind, inputs, outputs;
-    float floor;
+    long kind, inputs, outputs, activation;
     Parameter w, b;
-    float *value, *gradient;
+    float *value, *slopes, *gradient;
     double *squares, size, slope;
     Kept kept;
+    Shape shape;
 } Operation;
 
 /* What a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate, of distortion and
@@ -47,7 +50,13 @@ typedef struct {
     long each;
 } Plan;
 
-static int linear(const Operation *o) { return o->kind == LINEAR || o->kind == EXACT; }
+static int convolves(const Operation *o) { return o->kind == DOWN || o->kind == UP; }
+static int weighted(const Operation *o) { return o->kind == LINEAR || o->kind == EXACT || convolves(o); }
+static Shape of_images(const Operation *o, long images) {
+    Shape shape = o->shape;
+    shape.images = images;
+    return shape;
+}
 
 static void elementwise(const Operation *o, const float *x, long m) {
     long n = o->outputs;
@@ -56,24 +65,9 @@ static void elementwise(const Operation *o, const float *x, long m) {
         for (long j = 0; j < n; j += 16) {
             __mmask16 inside = first16(n - j);
             __m512 v = _mm512_maskz_loadu_ps(inside, x + i * n + j);
-            if (o->kind == SILU) v = _mm512_mul_ps(v, sigmoid16(v));
             if (o->kind == SUBTRACT) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(inside, o->w.at + j));
             if (o->kind == ADD) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(inside, o->w.at + j));
             _mm512_mask_storeu_ps(o->value + i * n + j, inside, v);
-        }
-}
-
-/* dy becomes dx, in its place */
-static void elementwise_backward(const Operation *o, const float *x, float *dy, long m) {
-    long n = o->outputs;
-    if (o->kind != SILU) return;
-#pragma omp for schedule(static)
-    for (long i = 0; i < m; i++)
-        for (long j = 0; j < n; j += 16) {
-            __mmask16 inside = first16(n - j);
-            __m512 v = _mm512_maskz_loadu_ps(inside, x + i * n + j), s = sigmoid16(v); /* s + v s (1 - s) */
-            __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(v, s), _mm512_sub_ps(_mm512_set1_ps(1.0f), s), s);
-            _mm512_mask_storeu_ps(dy + i * n + j, inside, _mm512_mul_ps(slope, _mm512_maskz_loadu_ps(inside, dy + i * n + j)));
         }
 }
 
@@ -141,11 +135,15 @@ static void measure(const float *x, long rows, long n, double *size) {
 
 static const float *forward(Operation *o, long count, const float *x, long m, const Plan *p, bf16 *alone) {
     for (; count--; x = o++->value) {
+        Forward then = {o->b.at, o->activation, o->slopes};
+        Shape shape = of_images(o, m);
         if (o->kind == LINEAR)
-            linear_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, o->floor, o->kept, &o->size,
-                                  p->scratch, alone);
+            linear_forward_shared(x, o->w.at, then, o->value, m, o->outputs, o->inputs, o->kept, &o->size, p->scratch, alone);
         else if (o->kind == EXACT)
-            exact_forward_shared(x, o->w.at, o->b.at, o->value, m, o->outputs, o->inputs, o->floor, (float *)alone);
+            exact_forward_shared(x, o->w.at, then, o->value, m, o->outputs, o->inputs, (float *)alone);
+        else if (convolves(o))
+            convolution_shared(&shape, o->kind == UP, x, o->w.at, then, (Gate){IDENTITY, 0}, o->value, &o->size, 0, p->scratch,
+                               alone);
         else if (o->kind == WAVES)
             waves(o, x, m);
         else
@@ -156,36 +154,65 @@ static const float *forward(Operation *o, long count, const float *x, long m, co
 }
 
 /* From the gradient of the last value to those of all others, and to that of x where dx is not null. */
-static void backward(Operation *first, long count, const float *x, float *dx, long m, const Plan *p) {
+static void backward(Operation *first, long count, const float *x, float *dx, long m, const Plan *p, bf16 *alone) {
     for (Operation *o = first + count - 1; o >= first; o--) {
         const float *input = o == first ? x : o[-1].value;
         float *to = o == first ? dx : o[-1].gradient;
         double *slope = o == first ? 0 : &o[-1].slope;
-        const float *gate = o > first && linear(o - 1) && o[-1].floor == 0 ? input : 0;
+        Gate gate = {o == first ? IDENTITY : o[-1].activation, 0};
+        if (gate.activation != IDENTITY) gate.from = gate.activation == SILU ? o[-1].slopes : input;
+        Shape shape = of_images(o, m);
         if (!to) return;
         if (o->kind == LINEAR)
             linear_input_shared(o->gradient, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope, p->scratch);
         else if (o->kind == EXACT)
             exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope);
+        else if (convolves(o))
+            convolution_shared(&shape, o->kind == DOWN, o->gradient, o->w.at, (Forward){0, IDENTITY, 0}, gate, to, 0, slope,
+                               p->scratch, alone);
         else if (o->kind == WAVES)
             waves_backward(o, input, o->gradient, to, m, slope);
-        else {
-            elementwise_backward(o, input, to, m); /* in its place */
+        else { /* in its place */
 #pragma omp master
-            if (slope) *slope = 1.21 * o->slope; /* no slope is above 1.1 */
+            if (slope) *slope = o->slope;
         }
     }
 }
 
+/* The gradients of a convolution's weights and biases, and their update where Adam is given. */
+static void kernels(const Operation *o, const float *x, long m, const Adam *adam, const Plan *p, bf16 *alone) {
+    Shape s = of_images(o, m);
+    int back = o->kind == UP;
+    long row = s.c * s.kh * s.kw, channels = back ? s.c : s.n;
+    if (o->w.gradient)
+        convolution_weights_shared(&s, back ? o->gradient : x, back ? x : o->gradient, o->w.gradient, 0, o->squares, p->scratch,
+                                   alone);
+    if (o->b.gradient)
+        convolution_bias_shared(o->gradient, o->b.gradient, 0, o->squares + s.n, m, channels, o->outputs / channels);
+    if (!adam) return;
+    const Parameter *w = &o->w, *b = &o->b;
+#pragma omp for schedule(static) nowait
+    for (long at = 0; at < s.n * row; at += row)
+        if (w->gradient) adam_run(adam, w->multiple, w->gradient + at, w->at + at, w->mean + at, w->square + at, row);
+#pragma omp single nowait
+    if (b->gradient) adam_run(adam, b->multiple, b->gradient, b->at, b->mean, b->square, channels);
+}
+
 /* The gradients of weights and biases, some rows at a time, or, where Adam is given, their update: then a gradient stays near the
    core, and 3 numbers a weight are read and written instead of 5. */
-static void parameters(Operation *first, long count, const float *x, long m, const Adam *adam, bf16 *alone) {
+static void parameters(Operation *first, long count, const float *x, long m, const Adam *adam, const Plan *p, bf16 *alone) {
     float *own = (float *)(alone + SIDE * up(m)), own_b[SIDE];
     int turn = 0;
+    begin_tiles();
     for (Operation *o = first + count - 1; o >= first; o--) {
         long k = o->inputs, n = o->outputs, step = o->kind == EXACT ? ROWS : SIDE;
         const float *input = o == first ? x : o[-1].value;
-        if (!linear(o) || !(o->w.gradient || o->b.gradient)) continue;
+        if (!weighted(o) || !(o->w.gradient || o->b.gradient)) continue;
+        if (convolves(o)) {
+            kernels(o, input, m, adam, p, alone);
+            begin_tiles();
+            continue;
+        }
         long strips = (n + step - 1) / step, threads = omp_get_num_threads(), me = omp_get_thread_num();
         long more = turn ? threads - 1 : 0; /* where they are odd, one thread has more of this layer, another of the next */
         turn = !turn;
@@ -200,14 +227,24 @@ static void parameters(Operation *first, long count, const float *x, long m, con
             if (adam && db) adam_run(adam, o->b.multiple, db, o->b.at + at, o->b.mean + at, o->b.square + at, rows);
         }
     }
+    end_tiles();
 }
 
 /* No less than the square of the gradient's norm: that of a layer's is at most the product of those of dy and x, and 2 % more for
-   what is rounded to bfloat16 on the way, and for sums taken in any order. Where nobody has measured a gradient it may be any. */
+   what is rounded to bfloat16 on the way, and for sums taken in any order. A convolution reads a number once for each window that
+   it is in, and a bias is one number for all positions. Where nobody has measured a gradient it may be any. */
 static double bound(const Operation *o, long count, long m) {
     double total = 0;
     for (; count--; o++)
-        if (linear(o)) total += o->slope > 0 ? 1.02 * o->slope * (o->size + m) : INFINITY;
+        if (weighted(o)) {
+            const Shape *s = &o->shape;
+            double windows = 1, positions = 1;
+            if (convolves(o)) {
+                windows = (double)((s->kh + s->sh - 1) / s->sh) * (double)((s->kw + s->sw - 1) / s->sw);
+                positions = o->kind == UP ? s->h * s->w : s->p * s->q;
+            }
+            total += o->slope > 0 ? 1.02 * o->slope * (windows * o->size + positions * m) : INFINITY;
+        }
     return total;
 }
 
@@ -283,10 +320,10 @@ int elbo_step(const Plan *p, const float *x, const float *noise, long images, lo
         const float *logits = forward(p->decoder, p->decoders, p->code, k * images, p, alone);
         bernoulli_shared(logits, x, p->log_px, pixel->gradient, -1.0f / (float)(k * images), &pixel->slope, k * images, images,
                          pixels);
-        backward(p->decoder, p->decoders, p->code, p->code_gradient, k * images, p);
+        backward(p->decoder, p->decoders, p->code, p->code_gradient, k * images, p, alone);
         draw_backward(p, moments, noise, beta / (float)images, images, k, last->gradient, &last->slope);
 #pragma omp barrier
-        backward(p->encoder, p->encoders, x, 0, images, p);
+        backward(p->encoder, p->encoders, x, 0, images, p, alone);
 #pragma omp barrier
 #pragma omp single
         {
@@ -296,10 +333,8 @@ int elbo_step(const Plan *p, const float *x, const float *noise, long images, lo
             double square = bound(p->encoder, p->encoders, images) + bound(p->decoder, p->decoders, k * images);
             update = adam && isfinite(p->sums[1] + beta * p->sums[0]) && square <= most * most;
         }
-        begin_tiles();
-        parameters(p->decoder, p->decoders, p->code, k * images, update ? adam : 0, alone);
-        parameters(p->encoder, p->encoders, x, images, update ? adam : 0, alone);
-        end_tiles();
+        parameters(p->decoder, p->decoders, p->code, k * images, update ? adam : 0, p, alone);
+        parameters(p->encoder, p->encoders, x, images, update ? adam : 0, p, alone);
 #pragma omp barrier
 #pragma omp single
         for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];

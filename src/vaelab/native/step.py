@@ -8,6 +8,7 @@ the chain is written down once (`fused`), and each pass runs it. Any other compo
 
 import ctypes
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,8 @@ from vaelab.meter import Pass
 from vaelab.models.vae import VAE
 from vaelab.native.build import library
 from vaelab.native.calls import kernels, up
+from vaelab.native.convolutions import Convolution, fits, made, rooms, shape_of
+from vaelab.nn.conv import ConvDecoder, ConvEncoder, Double
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
 from vaelab.objectives import ELBO, Objective
@@ -27,10 +30,13 @@ from vaelab.posteriors import Gaussian
 from vaelab.priors import StandardNormal
 from vaelab.schedules import at
 
-LINEAR, EXACT, ADD, SUBTRACT, SILU, WAVES = range(6)
+LINEAR, EXACT, DOWN, UP, ADD, SUBTRACT, WAVES = range(7)
 """Kinds of operations, as in `step.c`."""
-PRODUCTS = (LINEAR, EXACT)
-NO_FLOOR = -math.inf
+CONVOLUTIONS = (DOWN, UP)
+PRODUCTS = (LINEAR, EXACT, *CONVOLUTIONS)
+IDENTITY, RELU, SILU = range(3)
+"""Activations, as in `activations.h`."""
+ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: RELU, nn.SiLU: SILU}
 
 
 class _Unknown(Exception):
@@ -46,11 +52,11 @@ class _Parameter(ctypes.Structure):
 
 class _Operation(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("kind", "inputs", "outputs")),
-        ("floor", ctypes.c_float), ("w", _Parameter), ("b", _Parameter),
-        *((name, ctypes.c_void_p) for name in ("value", "gradient", "squares")),
+        *((name, ctypes.c_long) for name in ("kind", "inputs", "outputs", "activation")),
+        ("w", _Parameter), ("b", _Parameter),
+        *((name, ctypes.c_void_p) for name in ("value", "slopes", "gradient", "squares")),
         ("size", ctypes.c_double), ("slope", ctypes.c_double),
-        ("inputs_kept", ctypes.c_void_p), ("weights_kept", ctypes.c_void_p),
+        ("inputs_kept", ctypes.c_void_p), ("weights_kept", ctypes.c_void_p), ("shape", ctypes.c_long * 13),
     )  # fmt: skip
 
 
@@ -65,14 +71,14 @@ class _Plan(ctypes.Structure):
 
 
 def fused(
-    model: VAE, objective: Objective, pixels: int, batch: int, k: int, optimiser: Optimiser | None = None
+    model: VAE, objective: Objective, shape: Sequence[int], batch: int, k: int, optimiser: Optimiser | None = None
 ) -> "Fused | None":
     """The pass of a model whose parameters have their .grad (`vaelab.optim`), None where `step.c` does not have it.
 
     Args:
         model: in bfloat16 training on a CPU; its parameters must keep their places in memory.
         objective: what is differentiated.
-        pixels: of an image.
+        shape: of an image.
         batch: images at most.
         k: samples of the posterior for each image.
         optimiser: of the model, where a pass may make its update too.
@@ -93,13 +99,15 @@ def fused(
     if not composed or not isinstance(objective, ELBO) or library() is None:
         return None
     try:
-        encoder = [*_chain(parts.encoder), *_chain(parts.posterior.head)]
-        decoder = _chain(parts.likelihood.decoder, model.latent_dim)
+        encoder: list[_Operation] = []
+        decoder: list[_Operation] = []
+        _chain(parts.posterior.head, _chain(parts.encoder, tuple(shape), encoder), encoder)
+        _chain(parts.likelihood.decoder, (model.latent_dim,), decoder)
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
         own = [p.gradient for o in (*encoder, *decoder) for p in (o.w, o.b) if p.gradient]
         if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
             return None
-        if not pixels == encoder[0].inputs == decoder[-1].outputs:
+        if not encoder or not decoder or not math.prod(shape) == encoder[0].inputs == decoder[-1].outputs:
             return None
         return Fused(encoder, decoder, model.latent_dim, objective, batch, k, optimiser)
     except _Unknown:
@@ -135,12 +143,10 @@ class Fused:
         for chain in (encoder, decoder):
             if any(one.outputs != other.inputs for one, other in pairwise(chain)):
                 raise _Unknown
-            # who gives back the gradient of what a floor was put under is a product
-            if any(
-                one.floor == 0 and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))
-            ):
+            # who gives back the gradient of what passed an activation is a product
+            if any(one.activation and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))):
                 raise _Unknown
-        if not encoder or not decoder or encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
+        if encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
             raise _Unknown
         self.objective, self.dim, self.k, self.optimiser = objective, dim, k, optimiser
         self.pixels, self.threads = decoder[-1].outputs, torch.get_num_threads()
@@ -159,9 +165,15 @@ class Fused:
         self.sums = torch.empty(3, dtype=torch.float64)
         self.chains = [(_Operation * len(chain))(*chain) for chain in (encoder, decoder)]
         widest = max(up(max(o.inputs, o.outputs)) for o in both)
-        shared = up(rows) * widest
         # in bfloat16 numbers: 32 rows of weights, or of a gradient in float32 beside as many of another, or all of a narrow layer
-        each = max(32 * (up(rows) + 2 * widest), *(2 * up(o.outputs) * o.inputs for o in both if o.kind == EXACT), 0)
+        shared, each = up(rows) * widest, 32 * (up(rows) + 2 * widest)
+        for operation in both:
+            if operation.kind == EXACT:
+                each = max(each, 2 * up(operation.outputs) * operation.inputs)
+            if operation.kind in CONVOLUTIONS:
+                images = batch if operation in encoder else rows
+                for_all, for_each = rooms((images, *operation.shape[1:]))
+                shared, each = max(shared, for_all), max(each, for_each)
         self.plan = _Plan(
             *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim),
             decoder[0].gradient if _in_place(decoder) else self._room(rows * dim),
@@ -181,13 +193,15 @@ class Fused:
         needed = trained[0] if first and trained else 0  # the first operation whose value's gradient is asked for
         for i, operation in reversed([*enumerate(chain)]):
             operation.value = self._room(rows * operation.outputs)
-            if i >= needed:
-                room = chain[i + 1].gradient if _in_place(chain[i + 1 :]) else None
+            if operation.activation == SILU:
+                operation.slopes = self._room(rows * operation.outputs)
+            if i >= needed:  # in the place of the slopes, each of which is read once
+                room = chain[i + 1].gradient if _in_place(chain[i + 1 :]) else operation.slopes
                 operation.gradient = room or self._room(rows * operation.outputs)
             if operation.kind == LINEAR:
-                operation.inputs_kept = self._room(up(rows) * up(operation.inputs) // 2)
+                operation.inputs_kept = self._room((up(rows) + 2) * up(operation.inputs) // 2)
                 if i > needed or not first:
-                    operation.weights_kept = self._room(up(operation.outputs) * up(operation.inputs) // 2)
+                    operation.weights_kept = self._room((up(operation.outputs) + 2) * up(operation.inputs) // 2)
 
     def __call__(self, x: Tensor, generator: torch.Generator, step: int) -> Pass:
         """Of images x (B, *X), with noise from a generator."""
@@ -211,53 +225,86 @@ class Fused:
 
 def _in_place(rest: list[_Operation]) -> bool:
     """Whether the next operation writes the gradient of what it is given over that of what it gives."""
-    return bool(rest) and rest[0].kind in (ADD, SUBTRACT, SILU)
+    return bool(rest) and rest[0].kind in (ADD, SUBTRACT)
 
 
 def _blocks(operation: _Operation) -> int:
-    """Sums of squares of an operation's gradients, see `linear.h`."""
+    """Sums of squares of an operation's gradients, see `linear.h` and `convolution.h`."""
+    if operation.kind in CONVOLUTIONS:
+        channels = operation.shape[1], operation.shape[4]
+        return channels[1] + channels[operation.kind == DOWN]
     return -(-operation.outputs // {LINEAR: 32, EXACT: 8}[operation.kind]) if operation.kind in PRODUCTS else 0
 
 
-def _chain(module: Any, width: int = 0) -> list[_Operation]:
-    """The operations of a module on rows of `width` numbers, 0 where that is not known yet. Raises _Unknown."""
-    kind = type(module)
-    if kind is nn.Sequential:
-        found: list[_Operation] = []
+def _chain(module: Any, shape: tuple[int, ...], chain: list[_Operation]) -> tuple[int, ...]:
+    """Add a module's operations on inputs (rows, *shape) to a chain, and return the shape of what it gives. Raises _Unknown."""
+    kind, n = type(module), math.prod(shape)
+    if kind in ACTIVATIONS and chain and chain[-1].kind in PRODUCTS and not chain[-1].activation:
+        chain[-1].activation = ACTIVATIONS[kind]  # a product's own affair
+    elif kind is nn.Sequential:
         for part in module:
-            if type(part) is nn.ReLU and found and found[-1].kind in PRODUCTS:
-                found[-1].floor = 0.0  # a product's own affair
-            else:
-                found += _chain(part, found[-1].outputs if found else width)
-        return found
-    if kind is MLP:
-        return _chain(module.layers, width)
-    if kind is Centred:
+            shape = _chain(part, shape, chain)
+    elif kind is MLP:
+        _chain(module.layers, (n,), chain)
+        shape = module.out_shape
+    elif kind is ConvEncoder:
+        shape = _chain(module.layers, module.in_shape, chain)
+    elif kind is ConvDecoder:
+        _chain(module.first, shape, chain)
+        shape = _chain(module.layers, module.start, chain)
+    elif kind is Double:
+        shape = _convolution(module.convolution, shape, chain, (module.rows, module.columns))
+    elif kind in (nn.Conv2d, nn.ConvTranspose2d):
+        shape = _convolution(module, shape, chain)
+    elif kind is Centred:
+        chain.append(_Operation(SUBTRACT, n, n, IDENTITY, _Parameter(_address(module.constant))))
+        shape = _chain(module.network, shape, chain)
+    elif kind is AroundMean:
+        shape = _chain(module.network, shape, chain)
         n = module.constant.numel()
-        return [_Operation(SUBTRACT, n, n, NO_FLOOR, _Parameter(_address(module.constant))), *_chain(module.network, n)]
-    if kind is AroundMean:
-        n = module.constant.numel()
-        return [*_chain(module.network, width), _Operation(ADD, n, n, NO_FLOOR, _Parameter(_address(module.constant)))]
-    if kind is FourierMLP:
+        chain.append(_Operation(ADD, n, n, IDENTITY, _Parameter(_address(module.constant))))
+    elif kind is FourierMLP:
         k, count = module.frequency.shape
         constants = _Parameter(_address(module.frequency)), _Parameter(_address(module.phase))
-        waves = _Operation(WAVES, k, k + count, NO_FLOOR, *constants)
-        return [waves, *_chain(module.network, k + count)]
-    if kind in (nn.Linear, ExactLinear):
-        n, k = module.weight.shape
-        own = [_Parameter() if p is None else _Parameter(_address(p), _address(p.grad) if p.requires_grad else None)
-               for p in (module.weight, module.bias)]  # fmt: skip
-        return [_Operation(LINEAR if kind is nn.Linear else EXACT, k, n, NO_FLOOR, *own)]
-    if kind is nn.SiLU and width:
-        return [_Operation(SILU, width, width, NO_FLOOR)]
-    reshapes = (
-        kind is nn.Identity
-        or (kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1))
-        or (kind is nn.Unflatten and module.dim == -1)
-    )
-    if not reshapes:
+        chain.append(_Operation(WAVES, k, k + count, IDENTITY, *constants))
+        shape = _chain(module.network, (k + count,), chain)
+    elif kind in (nn.Linear, ExactLinear) and len(shape) == 1:
+        shape = (module.out_features,)
+        chain.append(_Operation(LINEAR if kind is nn.Linear else EXACT, n, *shape, IDENTITY, *_own(module)))
+    elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        shape = (n,)
+    elif kind is nn.Unflatten and module.dim == -1:
+        shape = (*shape[:-1], *module.unflattened_size)
+    elif kind is not nn.Identity:
         raise _Unknown
-    return []
+    return shape
+
+
+def _convolution(
+    layer: Convolution, shape: tuple[int, ...], chain: list[_Operation], cropped: tuple[int, int] | None = None
+) -> tuple[int, ...]:
+    """The same for a convolution, of whose sides the last numbers may be cut off."""
+    if len(shape) != 3 or shape[0] != layer.in_channels or not fits(layer):
+        raise _Unknown
+    sides = made(layer, shape[1:])
+    if cropped and any(few > all_ for few, all_ in zip(cropped, sides, strict=True)):
+        raise _Unknown
+    sides = cropped or sides
+    if min(sides) < 1:
+        raise _Unknown
+    given, outputs = math.prod(shape), layer.out_channels * math.prod(sides)
+    operation = _Operation(UP if isinstance(layer, nn.ConvTranspose2d) else DOWN, given, outputs, IDENTITY, *_own(layer))
+    operation.shape[:] = shape_of(layer, 0, shape[1:], sides)
+    chain.append(operation)
+    return (layer.out_channels, *sides)
+
+
+def _own(layer: Any) -> list[_Parameter]:
+    """Weights and biases."""
+    return [
+        _Parameter() if p is None else _Parameter(_address(p), _address(p.grad) if p.requires_grad else None)
+        for p in (layer.weight, layer.bias)
+    ]
 
 
 def _address(tensor: Tensor | None) -> int:

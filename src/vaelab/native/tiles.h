@@ -87,24 +87,6 @@ static inline void transpose(__m512i r[16]) {
     }
 }
 
-/* c (m, n) = or += the block of sums that begins at row i, column j, or 0 where the number of `gate` (m, n), if there is one, is
-   not above 0; gives the sum of the squares of what c holds then. */
-static inline double put(const float *sums, int add, const float *gate, long m, long n, long i, long j, float *c) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int h = 0; h < 2; h++) {
-        __mmask16 inside = first16(n - j - h * HALF);
-        float *to = c + i * n + j + h * HALF;
-        for (long r = 0; r < least(SIDE, m - i); r++, to += n) {
-            __m512 sum = _mm512_maskz_loadu_ps(inside, sums + r * SIDE + h * HALF);
-            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to));
-            if (gate) sum = _mm512_maskz_mov_ps(above0(_mm512_maskz_loadu_ps(inside, gate + (to - c))), sum);
-            squares = _mm512_fmadd_ps(sum, sum, squares);
-            _mm512_mask_storeu_ps(to, inside, sum);
-        }
-    }
-    return _mm512_reduce_add_ps(squares);
-}
-
 /* 32 rows of A, `row` numbers apart; a panel of B and another `next` numbers on. Each further part is `part`
    numbers on; B may have fewer parts than A, where it holds numbers of eight bits (pixels that are 0 or 1). */
 typedef struct {

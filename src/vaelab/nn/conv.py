@@ -36,7 +36,7 @@ class _Residual(nn.Module):
         return h + self.layers(h)
 
 
-class _Double(nn.Module):
+class Double(nn.Module):
     """A transposed convolution from (B, C, h, w) to (B, C', rows, columns), rows 2h or 2h - 1."""
 
     def __init__(self, n_in: int, n_out: int, rows: int, columns: int) -> None:
@@ -134,7 +134,7 @@ class ConvDecoder(nn.Module):
         layers: list[nn.Module] = []
         for width, after, (rows, columns) in zip(self.channels, [*self.channels[1:], n_out], sides[1:], strict=True):
             layers.extend([_Residual(width, activation)] if residual else [])
-            layers += [act(), _Double(width, after, rows, columns)]
+            layers += [act(), Double(width, after, rows, columns)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
