@@ -1,55 +1,59 @@
-/* The products of convolutions, see `convolution.h`.
-
-   Up is a convolution of step 1 too. What a window of y of ceil(kh / sh) by ceil(kw / sw) numbers touches in x are the sh sw
-   numbers of one cell (Shi et al. 2016, arXiv 1609.07009): its features are the c numbers of each place in the cell, and each
-   number of x is written once. */
+/* The products of convolutions, see `convolution.h`. What a place of 16 or 32 windows reads in 16 pairs of channels, or in 16
+   channels, are rows of a tile, each as far from the next: tiles read the planes themselves. Where there are fewer channels, or
+   no tiles, it is collected first. */
 
 #include <omp.h>
 
 #include "convolution.h"
 #include "windows.h"
 
-/* An image from its results, which lie by rows of up(count) windows, and what follows. `at` is where it begins in y, `plane` has
-   room for one of its features; returns the sums of the squares of what it holds then. */
-static __m512 finish(const Windows *v, const float *sums, Forward then, Gate gate, float *y, long at, float *plane) {
+#ifdef __AMX_BF16__
+#define TILES 1
+#else
+#define TILES 0
+#endif
+
+/* The image that results make, which lie by rows of up(count) windows, and what follows. `at` is where it begins in y, `room` is
+   for one of its features; returns the sums of the squares of what it holds then. */
+static __m512 finish(const Windows *v, const float *sums, Forward then, Gate gate, float *y, long at, float *room) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)v->cell_w));
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    long length = up(count(v)), next = v->features * length, size = v->rows * v->columns;
+    long length = up(count(v)), next = v->features * length, size = v->rows * v->columns, line_length = pitch(v);
     __m512 squares = _mm512_setzero_ps();
-    int straight = v->cell_h == 1 && v->cell_w == 1 && v->across == v->columns && v->down == v->rows;
     for (long f = 0; f < v->features; f++, at += size) {
-        __m512 start = _mm512_set1_ps(then.start ? then.start[f] : 0.0f);
         long place_h = v->off_top % v->cell_h, line = v->off_top / v->cell_h;
-        for (long i = 0; !straight && i < v->rows; i++) {
-            const float *from = sums + (place_h * v->cell_w * v->features + f) * length + line * v->across;
+        for (long i = 0; i < v->rows; i++) {
+            const float *from = sums + (place_h * v->cell_w * v->features + f) * length + line * line_length;
+            float *to = room + i * v->columns;
             if (++place_h == v->cell_h) place_h = 0, line++;
             for (long j = 0; j < v->across; j += 16) {
                 long column = j * v->cell_w - v->off_left;
+                __mmask16 there = first16(v->across - j);
                 if (v->cell_w == 2) {
-                    __m512 a = _mm512_maskz_loadu_ps(first16(v->across - j), from + j);
-                    __m512 b = _mm512_maskz_loadu_ps(first16(v->across - j), from + next + j);
+                    __m512 a = _mm512_maskz_loadu_ps(there, from + j), b = _mm512_maskz_loadu_ps(there, from + next + j);
                     for (int half = 0; half < 2 && column < v->columns; half++, column += 16) {
                         __mmask16 inside = first16(v->columns - column) & ~first16(-column);
-                        _mm512_mask_storeu_ps(plane + i * v->columns + column, inside,
-                                              _mm512_permutex2var_ps(a, half ? high : low, b));
+                        _mm512_mask_storeu_ps(to + column, inside, _mm512_permutex2var_ps(a, half ? high : low, b));
                     }
                     continue;
                 }
                 for (long place = 0; place < v->cell_w; place++, column++) {
-                    __m512i there = _mm512_add_epi32(index, _mm512_set1_epi32((int)column));
-                    __mmask16 inside = _mm512_mask_cmplt_epu32_mask(first16(v->across - j), there,
-                                                                    _mm512_set1_epi32((int)v->columns));
-                    __m512 sum = _mm512_maskz_loadu_ps(first16(v->across - j), from + place * next + j);
-                    _mm512_mask_i32scatter_ps(plane + i * v->columns, inside, there, sum, 4);
+                    __m512 sum = _mm512_maskz_loadu_ps(there, from + place * next + j);
+                    __m512i at_column = _mm512_add_epi32(index, _mm512_set1_epi32((int)column));
+                    __mmask16 inside = _mm512_mask_cmplt_epu32_mask(there, at_column, _mm512_set1_epi32((int)v->columns));
+                    if (v->cell_w == 1)
+                        _mm512_mask_storeu_ps(to + column, inside, sum);
+                    else
+                        _mm512_mask_i32scatter_ps(to, inside, at_column, sum, 4);
                 }
             }
         }
-        const float *from = straight ? sums + f * length : plane;
+        __m512 start = _mm512_set1_ps(then.start ? then.start[f] : 0.0f);
         for (long t = 0; t < size; t += 16) {
             __mmask16 inside = first16(size - t);
-            __m512 sum = _mm512_add_ps(start, _mm512_maskz_loadu_ps(inside, from + t));
+            __m512 sum = _mm512_add_ps(start, _mm512_maskz_loadu_ps(inside, room + t));
             sum = activated(then.activation, sum, then.slopes + at + t, inside);
             sum = gated(gate.activation, sum, gate.from + at + t, inside);
             squares = _mm512_mask3_fmadd_ps(sum, sum, squares, inside);
@@ -59,54 +63,101 @@ static __m512 finish(const Windows *v, const float *sums, Forward then, Gate gat
     return squares;
 }
 
-/* The weights of result k, in the order of a window's numbers. */
-static void weights_of(const Shape *s, const Windows *v, int upwards, const float *w, long k, float *row, bf16 *out) {
-    long feature = k % v->features, place = k / v->features, i0 = place / v->cell_w, j0 = place % v->cell_w;
+/* K of down and up: two channels after two, of one place of a window after the other. */
+static inline long depth(const Windows *v) { return up(2 * pairs_of(v) * taps(v)); }
+static inline long results(const Windows *v) { return up(v->features * v->cell_h * v->cell_w); }
+
+/* The weights of result r, in the order of K. */
+static void weights_of(const Shape *s, const Windows *v, int upwards, const float *w, long r, float *row, bf16 *out) {
+    long feature = r % v->features, place = r / v->features, i0 = place / v->cell_w, j0 = place % v->cell_w;
+    long size = s->kh * s->kw, next = upwards ? s->c * size : size;
     memset(row, 0, (size_t)depth(v) * sizeof(float));
-    float *to = row;
-    for (long c = 0; c < v->channels && place < v->cell_h * v->cell_w; c++) {
-        const float *kernel = w + (upwards ? c * s->c + feature : feature * s->c + c) * s->kh * s->kw;
-        for (long i = 0; i < v->taps_h; i++)
-            for (long j = 0; j < v->taps_w; j++, to++) {
-                long a = upwards ? i0 + (v->taps_h - 1 - i) * s->sh : i, b = upwards ? j0 + (v->taps_w - 1 - j) * s->sw : j;
-                if (a < s->kh && b < s->kw) *to = kernel[a * s->kw + b];
-            }
-    }
+    for (long i = 0; i < v->taps_h && place < v->cell_h * v->cell_w; i++)
+        for (long j = 0; j < v->taps_w; j++) {
+            long a = upwards ? i0 + (v->taps_h - 1 - i) * s->sh : i, b = upwards ? j0 + (v->taps_w - 1 - j) * s->sw : j;
+            const float *from = w + (upwards ? feature * size : feature * s->c * size) + a * s->kw + b;
+            float *to = row + 2 * pairs_of(v) * (i * v->taps_w + j);
+            for (long c = 0; c < v->channels && a < s->kh && b < s->kw; c++) to[c] = from[c * next];
+        }
     for (long i = 0; i < depth(v); i += 32)
         _mm512_storeu_si512(out + i, narrow(_mm512_loadu_ps(row + i), _mm512_loadu_ps(row + i + 16)));
 }
 
-/* Numbers of scratch, in bfloat16: what threads share, and what each has. */
-static inline long room_shared(const Windows *v) { return (results(v) + 1) * depth(v); }
-static inline long room_own(const Windows *v) {
-    return room_padded(v, v->channels) + room_pairs(v, v->channels) + SIDE * depth(v) + 2 * results(v) * up(count(v)) +
-           2 * up(v->rows * v->columns);
+/* Where in the planes of pairs each two of K are, of window 0. */
+static void begins(const Windows *v, int *at) {
+    for (long i = 0; i < v->taps_h; i++)
+        for (long j = 0; j < v->taps_w; j++)
+            for (long c = 0; c < pairs_of(v); c++) *at++ = (int)(c * planes(v) + place_at(v, i, j));
 }
 
-static void convolve(const Shape *s, const Windows *v, int upwards, const float *from, const float *w, Forward then, Gate gate,
-                     float *to, double *read, double *written, bf16 *scratch, bf16 *alone) {
-    bf16 *kernels = scratch, *padded = alone, *own = padded + room_padded(v, v->channels);
-    int *at = (int *)(kernels + results(v) * depth(v));
-    long k = depth(v), length = up(count(v)), size = v->channels * v->height * v->width;
-    bf16 *left = own + room_pairs(v, v->channels), *right = left + HALF * k;
-    float *sums = (float *)(right + HALF * k), *plane = sums + results(v) * length;
+/* 16 windows from t as a panel of B. */
+static void collect(const Windows *v, const int *from, const int *at, long t, bf16 *out) {
+    long n = pairs_of(v) * taps(v), k = depth(v) / 2;
+    for (long i = 0; i < n; i++) _mm512_storeu_si512(out + i * 32, _mm512_loadu_si512(from + at[i] + t));
+    for (long i = n; i < k; i++) _mm512_storeu_si512(out + i * 32, _mm512_setzero_si512());
+}
+
+/* 32 rows of A by 32 windows from t, the planes of whose pairs are `next` numbers apart. */
+static inline void block_of_planes(const bf16 *rows, const int *from, const int *at, long next, long k, float *c, long width) {
+#if TILES
+    SETTLE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < k; i += 32) {
+        const int *first = from + at[i / 2];
+        _tile_loadd(4, rows + i, k * 2);
+        _tile_loadd(5, rows + 16 * k + i, k * 2);
+        _tile_loadd(6, first, next * 4);
+        _tile_loadd(7, first + HALF, next * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, width * 4);
+    _tile_stored(1, c + 16, width * 4);
+    _tile_stored(2, c + 16 * width, width * 4);
+    _tile_stored(3, c + 16 * width + 16, width * 4);
+    SETTLE;
+#endif
+}
+
+/* Numbers of scratch, in bfloat16: what threads share, and what each has. */
+static inline long room_shared(const Windows *v) { return (results(v) + 1) * depth(v); }
+static inline long room_pairs(const Windows *v) { return 2 * up(pairs_of(v) * planes(v)); }
+static inline long room_own(const Windows *v) {
+    return room_pairs(v) + SIDE * depth(v) + 2 * results(v) * up(count(v)) + 2 * up(v->rows * v->columns);
+}
+
+void convolution_shared(const Shape *s, int upwards, const float *from, const float *w, Forward then, Gate gate, float *to,
+                        double *read, double *written, bf16 *scratch, bf16 *alone) {
+    const Windows v = upwards ? windows_up(s) : windows_down(s);
+    long k = depth(&v), length = up(count(&v)), size = v.channels * v.height * v.width;
+    bf16 *kernels = scratch, *left = alone + room_pairs(&v), *right = left + HALF * k;
+    int *at = (int *)(kernels + results(&v) * k), *own = (int *)alone, itself = TILES && pairs_of(&v) % HALF == 0;
+    float *sums = (float *)(right + HALF * k), *room = sums + results(&v) * length;
     __m512 squares = _mm512_setzero_ps(), others = squares;
 #pragma omp for schedule(static) nowait
-    for (long r = 0; r < results(v); r++) weights_of(s, v, upwards, w, r, (float *)left, kernels + r * k);
+    for (long r = 0; r < results(&v); r++) weights_of(s, &v, upwards, w, r, (float *)left, kernels + r * k);
 #pragma omp single
-    begins(v, at);
-    memset(padded, 0, (size_t)(left - padded) * sizeof(bf16));
+    begins(&v, at);
+    memset(own, 0, (size_t)room_pairs(&v) * sizeof(bf16));
     begin_tiles();
 #pragma omp for schedule(static) nowait
     for (long m = 0; m < s->images; m++) {
-        squares = _mm512_add_ps(squares, as_pairs(v, from + m * size, v->channels, padded, (int *)own));
-        for (long t = 0; t < count(v); t += SIDE) {
-            gather(v, (int *)own, at, t, left);
-            gather(v, (int *)own, at, t + HALF, right);
-            for (long r = 0; r < results(v); r += SIDE)
-                block((Rows){kernels + r * k, k, 0}, (Panels){left, HALF * k, 0, 1}, k, COARSE, sums + r * length + t, length);
+        squares = _mm512_add_ps(squares, as_planes(&v, from + m * size, 1, own));
+        for (long t = 0; t < count(&v); t += SIDE) {
+            if (!itself) collect(&v, own, at, t, left), collect(&v, own, at, t + HALF, right);
+            for (long r = 0; r < results(&v); r += SIDE) {
+                if (itself)
+                    block_of_planes(kernels + r * k, own + t, at, planes(&v), k, sums + r * length + t, length);
+                else
+                    block((Rows){kernels + r * k, k, 0}, (Panels){left, HALF * k, 0, 1}, k, COARSE, sums + r * length + t, length);
+            }
         }
-        others = _mm512_add_ps(others, finish(v, sums, then, gate, to, m * v->features * v->rows * v->columns, plane));
+        others = _mm512_add_ps(others, finish(&v, sums, then, gate, to, m * v.features * v.rows * v.columns, room));
     }
     end_tiles();
     double sum = _mm512_reduce_add_ps(squares), other = _mm512_reduce_add_ps(others);
@@ -121,68 +172,99 @@ static void convolve(const Shape *s, const Windows *v, int upwards, const float 
 #pragma omp barrier
 }
 
-void convolution_shared(const Shape *s, int upwards, const float *from, const float *w, Forward then, Gate gate, float *to,
-                        double *read, double *written, bf16 *scratch, bf16 *alone) {
-    Windows v = upwards ? windows_up(s) : windows_down(s);
-    convolve(s, &v, upwards, from, w, then, gate, to, read, written, scratch, alone);
+/* The sum over images is taken in parts, by the shape alone, so that no number of threads changes it; each part reads a run of
+   images at a time, whose windows make up K. */
+#define PARTS 8
+static inline long rows_of(const Windows *v) { return up(v->channels * taps(v)); } /* of all places, one after the other */
+static inline long run(const Windows *v) {
+    long wanted = 1024 / up(count(v));
+    return wanted < 1 ? 1 : wanted;
+}
+static inline long row_length(const Windows *v) { return run(v) * up(count(v)) + SIDE; } /* not a power of two */
+static inline long room_images(const Windows *v) { return up(run(v) * v->channels * planes(v)); }
+static inline long room_weights(const Windows *v, long n) { return PARTS * 2 * rows_of(v) * n; }
+static inline long room_part(const Windows *v, long n) {
+    return room_images(v) + run(v) * up(count(v)) * n + SIDE * row_length(v) + up(count(v) / 4 + 8);
 }
 
-/* Sums over images are taken in `groups` parts, as many as there are for 16 tasks: by the shape alone, so that no number of
-   threads changes them. A task reads `run` images at a time. */
-static inline long groups(const Shape *s, const Windows *v) {
-    long wanted = 16 / (depth(v) / SIDE);
-    return wanted < 1 ? 1 : least(wanted, s->images);
-}
-static inline long run(const Shape *s) {
-    long wanted = 2048 / up(s->p * s->q);
-    return wanted < 1 ? 1 : least(wanted, s->images);
+/* Rows of A: what a place reads of a channel, of each image's windows. */
+static void collect_rows(const Windows *v, const bf16 *from, long first, long images, bf16 *out) {
+    long windows = up(count(v)), each = v->channels * planes(v);
+    for (long r = first; r < first + SIDE; r++, out += row_length(v)) {
+        long place = r / v->channels, there = place < taps(v);
+        const bf16 *row = from + (there ? r % v->channels * planes(v) + place_at(v, place / v->taps_w, place % v->taps_w) : 0);
+        for (long m = 0; m < images; m++)
+            for (long t = 0; t < windows; t += 32)
+                _mm512_storeu_si512(out + m * windows + t, _mm512_loadu_si512(row + m * each + t));
+    }
 }
 
-/* Of a row of A, not a power of two, whose rows would all fall into the same few lines of a cache. */
-static inline long row_length(const Shape *s) { return run(s) * up(s->p * s->q) + SIDE; }
-
-static inline long room_weights(const Shape *s, const Windows *v) {
-    return s->images * up(s->n) * up(s->p * s->q) + 2 * groups(s, v) * depth(v) * up(s->n) + depth(v);
-}
-/* Channels that 32 rows of A read. */
-static inline long most(const Windows *v) { return least(v->channels, (SIDE - 2) / (v->taps_h * v->taps_w) + 2); }
-static inline long room_task(const Shape *s, const Windows *v) {
-    return room_padded(v, most(v)) + room_pairs(v, most(v)) + SIDE * row_length(s);
+/* The same 32 rows, of which each 16 are `next` numbers apart, by 32 columns of panels. */
+static inline void block_of_rows(const bf16 *one, const bf16 *two, long next, long each, long images, long windows,
+                                 const bf16 *left, const bf16 *right, float *c) {
+#if TILES
+    SETTLE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long m = 0; m < images; m++, one += each, two += each)
+        for (long t = 0; t < windows; t += 32, left += 32 * HALF, right += 32 * HALF) {
+            _tile_loadd(4, one + t, next * 2);
+            _tile_loadd(5, two + t, next * 2);
+            _tile_loadd(6, left, 64);
+            _tile_loadd(7, right, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    _tile_stored(0, c, SIDE * 4);
+    _tile_stored(1, c + 16, SIDE * 4);
+    _tile_stored(2, c + 16 * SIDE, SIDE * 4);
+    _tile_stored(3, c + 16 * SIDE + 16, SIDE * 4);
+    SETTLE;
+#endif
 }
 
 void convolution_weights_shared(const Shape *s, const float *x, const float *y, float *dw, int add, double *squares,
                                 bf16 *scratch, bf16 *alone) {
-    Windows v = windows_down(s);
-    long k = depth(&v), n = up(s->n), positions = up(s->p * s->q), all = s->images * positions, taps = v.taps_h * v.taps_w;
-    long parts = groups(s, &v), length = row_length(s);
-    bf16 *down = scratch, *padded = alone, *own = padded + room_padded(&v, most(&v)), *rows = own + room_pairs(&v, most(&v));
-    float *partial = (float *)(down + n * all), sums[SIDE * SIDE] __attribute__((aligned(64)));
-    int *at = (int *)(partial + parts * k * n);
-#pragma omp for schedule(static) nowait
-    for (long m = 0; m < s->images; m++)
-        for (long j = 0; j < n; j += HALF)
-            panel(y + (m * s->n + j) * s->p * s->q, s->n - j, s->p * s->q, down + j * all + m * positions * HALF, COARSE, 0);
-#pragma omp single
-    begins(&v, at);
-    memset(padded, 0, (size_t)(rows - padded) * sizeof(bf16));
+    const Windows v = windows_down(s);
+    long k = rows_of(&v), n = up(s->n), windows = up(count(&v)), most = run(&v), each = v.channels * planes(&v);
+    bf16 *own = alone, *panels = own + room_images(&v), *rows = panels + most * windows * n;
+    int *before = (int *)(rows + SIDE * row_length(&v)), itself = TILES && v.channels % HALF == 0;
+    __mmask16 *some = (__mmask16 *)(before + windows / 16);
+    float *partial = (float *)scratch, sums[SIDE * SIDE] __attribute__((aligned(64)));
+    which(&v, some, before);
+    memset(own, 0, (size_t)room_images(&v) * sizeof(bf16));
     begin_tiles();
 #pragma omp for schedule(static)
-    for (long task = 0; task < parts * k / SIDE; task++) {
-        long group = task % parts, first = task / parts * SIDE, here = least(SIDE, v.channels * taps - first);
-        long c = first / taps, channels = (first + here - 1) / taps + 1 - c;
-        float *to = partial + (group * k + first) * n;
-        memset(to, 0, (size_t)(SIDE * n) * sizeof(float));
-        long end = s->images * (group + 1) / parts;
-        for (long m = s->images * group / parts; m < end; m += run(s)) {
-            long several = least(run(s), end - m);
-            for (long i = 0; i < several; i++) {
-                as_pairs(&v, x + ((m + i) * s->c + c) * s->h * s->w, channels, padded, (int *)own);
-                gather_rows(&v, (int *)own - c * planes(&v), at + first / 2, here, rows + i * positions, length);
+    for (long part = 0; part < PARTS; part++) {
+        float *to = partial + part * k * n;
+        long m = s->images * part / PARTS, end = s->images * (part + 1) / PARTS, images;
+        memset(to, 0, (size_t)(k * n) * sizeof(float));
+        for (; m < end; m += images) {
+            images = least(most, end - m);
+            for (long i = 0; i < images; i++) {
+                as_planes(&v, x + (m + i) * s->c * s->h * s->w, 0, own + i * each);
+                for (long j = 0; j < n; j += HALF)
+                    as_windows(y + ((m + i) * s->n + j) * s->p * s->q, s->n - j, s->p * s->q, windows, some, before,
+                               panels + (j * most + i * HALF) * windows);
             }
-            for (long j = 0; j < n; j += SIDE) {
-                const bf16 *left = down + j * all + m * positions * HALF;
-                block((Rows){rows, length, 0}, (Panels){left, HALF * all, 0, 1}, several * positions, COARSE, sums, SIDE);
-                put(sums, 1, (Gate){IDENTITY, 0}, SIDE, n, 0, j, to);
+            for (long r = 0; r < k; r += SIDE) {
+                long one = r / v.channels, two = least((r + HALF) / v.channels, taps(&v) - 1);
+                const bf16 *first = own + r % v.channels * planes(&v) + place_at(&v, one / v.taps_w, one % v.taps_w);
+                const bf16 *second = own + (r + HALF) % v.channels * planes(&v) + place_at(&v, two / v.taps_w, two % v.taps_w);
+                if (!itself) collect_rows(&v, own, r, images, rows);
+                for (long j = 0; j < n; j += SIDE) {
+                    const bf16 *left = panels + j * most * windows, *right = left + HALF * most * windows;
+                    if (itself)
+                        block_of_rows(first, second, planes(&v), each, images, windows, left, right, sums);
+                    else
+                        block((Rows){rows, row_length(&v), 0}, (Panels){left, right - left, 0, 1}, images * windows, COARSE, sums,
+                              SIDE);
+                    put(sums, 1, (Gate){IDENTITY, 0}, SIDE, n, 0, j, to + r * n);
+                }
             }
         }
     }
@@ -190,16 +272,14 @@ void convolution_weights_shared(const Shape *s, const float *x, const float *y, 
 #pragma omp for schedule(static)
     for (long f = 0; f < s->n; f++) {
         double total = 0;
-        float *to = dw + f * s->c * s->kh * s->kw;
+        float *to = dw + f * s->c * taps(&v);
         for (long c = 0; c < s->c; c++)
-            for (long i = 0; i < s->kh; i++)
-                for (long j = 0; j < s->kw; j++, to++) {
-                    const float *from = partial + (c * taps + i * v.taps_w + j) * n + f;
-                    float sum = add ? *to : 0;
-                    for (long g = 0; g < parts; g++) sum += from[g * k * n];
-                    *to = sum;
-                    total += (double)sum * sum;
-                }
+            for (long place = 0; place < taps(&v); place++, to++) {
+                float sum = add ? *to : 0;
+                for (long part = 0; part < PARTS; part++) sum += partial[(part * k + place * s->c + c) * n + f];
+                *to = sum;
+                total += (double)sum * sum;
+            }
         if (squares) squares[f] = total;
     }
 }
@@ -221,8 +301,8 @@ void convolution_bias_shared(const float *x, float *db, int add, double *squares
 
 void convolution_room(const Shape *s, long *rooms) {
     Windows down = windows_down(s), upwards = windows_up(s);
-    long shared[3] = {room_shared(&down), room_shared(&upwards), room_weights(s, &down)};
-    long each[3] = {room_own(&down), room_own(&upwards), room_task(s, &down)};
+    long shared[3] = {room_shared(&down), room_shared(&upwards), room_weights(&down, up(s->n))};
+    long each[3] = {room_own(&down), room_own(&upwards), room_part(&down, up(s->n))};
     rooms[0] = rooms[1] = 0;
     for (int i = 0; i < 3; i++) {
         if (shared[i] > rooms[0]) rooms[0] = shared[i];

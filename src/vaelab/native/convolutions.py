@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from vaelab.native.calls import address, kernels, scratch, sink, usual
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
+STEP = 16
+"""The largest stride that the kernels know."""
 
 
 def fits(layer: Convolution) -> bool:
@@ -18,7 +20,7 @@ def fits(layer: Convolution) -> bool:
         m >= s for m, s in zip(layer.output_padding, layer.stride, strict=True)
     ):
         return False
-    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    plain = max(layer.stride) <= STEP and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     return plain and isinstance(layer.padding, tuple)
 
 
