@@ -13,54 +13,66 @@
 #define TILES 0
 #endif
 
-/* The image that results make, which lie by rows of up(count) windows, and what follows. `at` is where it begins in y, `room` is
-   for one of its features; returns the sums of the squares of what it holds then. */
-static __m512 finish(const Windows *v, const float *sums, Forward then, Gate gate, float *y, long at, float *room) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)v->cell_w));
+/* Where results go: a layer's output y, which they get to through `then` and `gate`. */
+typedef struct {
+    Forward then;
+    Gate gate;
+    float *y;
+    __m512 squares; /* of what was written, summed */
+} Target;
+
+static inline void emit(Target *o, __m512 sum, __m512 start, long at, __mmask16 inside) {
+    sum = activated(o->then.activation, _mm512_add_ps(start, sum), o->then.slopes + at, inside);
+    sum = gated(o->gate.activation, sum, o->gate.from + at, inside);
+    o->squares = _mm512_mask3_fmadd_ps(sum, sum, o->squares, inside);
+    _mm512_mask_storeu_ps(o->y + at, inside, sum);
+}
+
+/* A row of the image from a row of windows, whose places are `next` numbers apart. */
+static inline void emit_row(const Windows *v, const float *from, long next, Target *o, __m512 start, long at, float *room) {
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    long length = up(count(v)), next = v->features * length, size = v->rows * v->columns, line_length = pitch(v);
-    __m512 squares = _mm512_setzero_ps();
-    for (long f = 0; f < v->features; f++, at += size) {
-        long place_h = v->off_top % v->cell_h, line = v->off_top / v->cell_h;
-        for (long i = 0; i < v->rows; i++) {
-            const float *from = sums + (place_h * v->cell_w * v->features + f) * length + line * line_length;
-            float *to = room + i * v->columns;
-            if (++place_h == v->cell_h) place_h = 0, line++;
-            for (long j = 0; j < v->across; j += 16) {
-                long column = j * v->cell_w - v->off_left;
-                __mmask16 there = first16(v->across - j);
-                if (v->cell_w == 2) {
-                    __m512 a = _mm512_maskz_loadu_ps(there, from + j), b = _mm512_maskz_loadu_ps(there, from + next + j);
-                    for (int half = 0; half < 2 && column < v->columns; half++, column += 16) {
-                        __mmask16 inside = first16(v->columns - column) & ~first16(-column);
-                        _mm512_mask_storeu_ps(to + column, inside, _mm512_permutex2var_ps(a, half ? high : low, b));
-                    }
-                    continue;
-                }
-                for (long place = 0; place < v->cell_w; place++, column++) {
-                    __m512 sum = _mm512_maskz_loadu_ps(there, from + place * next + j);
-                    __m512i at_column = _mm512_add_epi32(index, _mm512_set1_epi32((int)column));
-                    __mmask16 inside = _mm512_mask_cmplt_epu32_mask(there, at_column, _mm512_set1_epi32((int)v->columns));
-                    if (v->cell_w == 1)
-                        _mm512_mask_storeu_ps(to + column, inside, sum);
-                    else
-                        _mm512_mask_i32scatter_ps(to, inside, at_column, sum, 4);
-                }
+    if (v->cell_w == 2)
+        for (long j = 0, column = -v->off_left; j < v->across; j += 16) {
+            __mmask16 there = first16(v->across - j);
+            __m512 a = _mm512_maskz_loadu_ps(there, from + j), b = _mm512_maskz_loadu_ps(there, from + next + j);
+            for (int half = 0; half < 2; half++, column += 16) {
+                __mmask16 inside = first16(v->columns - column) & ~first16(-column);
+                if (inside) emit(o, _mm512_permutex2var_ps(a, half ? high : low, b), start, at + column, inside);
             }
         }
-        __m512 start = _mm512_set1_ps(then.start ? then.start[f] : 0.0f);
-        for (long t = 0; t < size; t += 16) {
-            __mmask16 inside = first16(size - t);
-            __m512 sum = _mm512_add_ps(start, _mm512_maskz_loadu_ps(inside, room + t));
-            sum = activated(then.activation, sum, then.slopes + at + t, inside);
-            sum = gated(gate.activation, sum, gate.from + at + t, inside);
-            squares = _mm512_mask3_fmadd_ps(sum, sum, squares, inside);
-            _mm512_mask_storeu_ps(y + at + t, inside, sum);
+    else {
+        for (long j = 0; v->cell_w > 1 && j < v->columns; j++) {
+            long column = j + v->off_left;
+            room[j] = from[column % v->cell_w * next + column / v->cell_w];
+        }
+        const float *row = v->cell_w > 1 ? room : from + v->off_left;
+        for (long j = 0; j < v->columns; j += 16) {
+            __mmask16 inside = first16(v->columns - j);
+            emit(o, _mm512_maskz_loadu_ps(inside, row + j), start, at + j, inside);
         }
     }
-    return squares;
+}
+
+/* The image that results make, which lie by rows of up(count) windows; `at` is where it begins in y, `room` is for a row. */
+static void finish(const Windows *v, const float *sums, Target *o, long at, const __mmask16 *some, const int *before, float *room) {
+    long length = up(count(v)), next = v->features * length, size = v->rows * v->columns, line_length = pitch(v);
+    int straight = v->cell_h == 1 && v->cell_w == 1 && v->across == v->columns && v->down == v->rows;
+    for (long f = 0; f < v->features; f++, at += size) {
+        __m512 start = _mm512_set1_ps(o->then.start ? o->then.start[f] : 0.0f);
+        long place_h = v->off_top % v->cell_h, line = v->off_top / v->cell_h;
+        if (straight)
+            for (long t = 0; 16 * t < length; t++) {
+                __m512 sum = _mm512_maskz_compress_ps(some[t], _mm512_load_ps(sums + f * length + 16 * t));
+                emit(o, sum, start, at + before[t], first16(__builtin_popcount(some[t])));
+            }
+        else
+            for (long i = 0; i < v->rows; i++) {
+                const float *from = sums + (place_h * v->cell_w * v->features + f) * length + line * line_length;
+                emit_row(v, from, next, o, start, at + i * v->columns, room);
+                if (++place_h == v->cell_h) place_h = 0, line++;
+            }
+    }
 }
 
 /* K of down and up: two channels after two, of one place of a window after the other. */
@@ -71,13 +83,19 @@ static inline long results(const Windows *v) { return up(v->features * v->cell_h
 static void weights_of(const Shape *s, const Windows *v, int upwards, const float *w, long r, float *row, bf16 *out) {
     long feature = r % v->features, place = r / v->features, i0 = place / v->cell_w, j0 = place % v->cell_w;
     long size = s->kh * s->kw, next = upwards ? s->c * size : size;
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i index = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)next));
     memset(row, 0, (size_t)depth(v) * sizeof(float));
     for (long i = 0; i < v->taps_h && place < v->cell_h * v->cell_w; i++)
         for (long j = 0; j < v->taps_w; j++) {
             long a = upwards ? i0 + (v->taps_h - 1 - i) * s->sh : i, b = upwards ? j0 + (v->taps_w - 1 - j) * s->sw : j;
             const float *from = w + (upwards ? feature * size : feature * s->c * size) + a * s->kw + b;
             float *to = row + 2 * pairs_of(v) * (i * v->taps_w + j);
-            for (long c = 0; c < v->channels && a < s->kh && b < s->kw; c++) to[c] = from[c * next];
+            for (long c = 0; c < v->channels && a < s->kh && b < s->kw; c += 16) {
+                __mmask16 inside = first16(v->channels - c);
+                __m512 some = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, index, from + c * next, 4);
+                _mm512_mask_storeu_ps(to + c, inside, some);
+            }
         }
     for (long i = 0; i < depth(v); i += 32)
         _mm512_storeu_si512(out + i, narrow(_mm512_loadu_ps(row + i), _mm512_loadu_ps(row + i + 16)));
@@ -128,7 +146,7 @@ static inline void block_of_planes(const bf16 *rows, const int *from, const int 
 static inline long room_shared(const Windows *v) { return (results(v) + 1) * depth(v); }
 static inline long room_pairs(const Windows *v) { return 2 * up(pairs_of(v) * planes(v)); }
 static inline long room_own(const Windows *v) {
-    return room_pairs(v) + SIDE * depth(v) + 2 * results(v) * up(count(v)) + 2 * up(v->rows * v->columns);
+    return room_pairs(v) + SIDE * depth(v) + 2 * results(v) * up(count(v)) + 2 * up(v->columns) + up(count(v) / 4 + 8);
 }
 
 void convolution_shared(const Shape *s, int upwards, const float *from, const float *w, Forward then, Gate gate, float *to,
@@ -138,7 +156,11 @@ void convolution_shared(const Shape *s, int upwards, const float *from, const fl
     bf16 *kernels = scratch, *left = alone + room_pairs(&v), *right = left + HALF * k;
     int *at = (int *)(kernels + results(&v) * k), *own = (int *)alone, itself = TILES && pairs_of(&v) % HALF == 0;
     float *sums = (float *)(right + HALF * k), *room = sums + results(&v) * length;
-    __m512 squares = _mm512_setzero_ps(), others = squares;
+    int *before = (int *)(room + up(v.columns));
+    __mmask16 *some = (__mmask16 *)(before + length / 16);
+    Target target = {then, gate, to, _mm512_setzero_ps()};
+    __m512 squares = _mm512_setzero_ps();
+    which(&v, some, before);
 #pragma omp for schedule(static) nowait
     for (long r = 0; r < results(&v); r++) weights_of(s, &v, upwards, w, r, (float *)left, kernels + r * k);
 #pragma omp single
@@ -157,10 +179,10 @@ void convolution_shared(const Shape *s, int upwards, const float *from, const fl
                     block((Rows){kernels + r * k, k, 0}, (Panels){left, HALF * k, 0, 1}, k, COARSE, sums + r * length + t, length);
             }
         }
-        others = _mm512_add_ps(others, finish(&v, sums, then, gate, to, m * v.features * v.rows * v.columns, room));
+        finish(&v, sums, &target, m * v.features * v.rows * v.columns, some, before, room);
     }
     end_tiles();
-    double sum = _mm512_reduce_add_ps(squares), other = _mm512_reduce_add_ps(others);
+    double sum = _mm512_reduce_add_ps(squares), other = _mm512_reduce_add_ps(target.squares);
     if (read) {
 #pragma omp atomic
         *read += sum;
@@ -230,7 +252,7 @@ static inline void block_of_rows(const bf16 *one, const bf16 *two, long next, lo
 void convolution_weights_shared(const Shape *s, const float *x, const float *y, float *dw, int add, double *squares,
                                 bf16 *scratch, bf16 *alone) {
     const Windows v = windows_down(s);
-    long k = rows_of(&v), n = up(s->n), windows = up(count(&v)), most = run(&v), each = v.channels * planes(&v);
+    long k = rows_of(&v), n = up(s->n), windows = up(count(&v)), most = run(&v), parts = least(PARTS, s->images), each = v.channels * planes(&v);
     bf16 *own = alone, *panels = own + room_images(&v), *rows = panels + most * windows * n;
     int *before = (int *)(rows + SIDE * row_length(&v)), itself = TILES && v.channels % HALF == 0;
     __mmask16 *some = (__mmask16 *)(before + windows / 16);
@@ -239,11 +261,10 @@ void convolution_weights_shared(const Shape *s, const float *x, const float *y, 
     memset(own, 0, (size_t)room_images(&v) * sizeof(bf16));
     begin_tiles();
 #pragma omp for schedule(static)
-    for (long part = 0; part < PARTS; part++) {
+    for (long part = 0; part < parts; part++) {
         float *to = partial + part * k * n;
-        long m = s->images * part / PARTS, end = s->images * (part + 1) / PARTS, images;
-        memset(to, 0, (size_t)(k * n) * sizeof(float));
-        for (; m < end; m += images) {
+        long m = s->images * part / parts, end = s->images * (part + 1) / parts, images;
+        for (int more = 0; m < end; m += images, more = 1) {
             images = least(most, end - m);
             for (long i = 0; i < images; i++) {
                 as_planes(&v, x + (m + i) * s->c * s->h * s->w, 0, own + i * each);
@@ -263,24 +284,32 @@ void convolution_weights_shared(const Shape *s, const float *x, const float *y, 
                     else
                         block((Rows){rows, row_length(&v), 0}, (Panels){left, right - left, 0, 1}, images * windows, COARSE, sums,
                               SIDE);
-                    put(sums, 1, (Gate){IDENTITY, 0}, SIDE, n, 0, j, to + r * n);
+                    put(sums, more, (Gate){IDENTITY, 0}, SIDE, n, 0, j, to + r * n);
                 }
             }
         }
     }
     end_tiles();
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i rows_apart = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)(s->c * taps(&v))));
 #pragma omp for schedule(static)
-    for (long f = 0; f < s->n; f++) {
-        double total = 0;
-        float *to = dw + f * s->c * taps(&v);
-        for (long c = 0; c < s->c; c++)
-            for (long place = 0; place < taps(&v); place++, to++) {
-                float sum = add ? *to : 0;
-                for (long part = 0; part < PARTS; part++) sum += partial[(part * k + place * s->c + c) * n + f];
-                *to = sum;
-                total += (double)sum * sum;
+    for (long f = 0; f < s->n; f += 16) {
+        __mmask16 inside = first16(s->n - f);
+        __m512d low = _mm512_setzero_pd(), high = low;
+        for (long place = 0; place < taps(&v); place++)
+            for (long c = 0; c < s->c; c++) {
+                float *to = dw + (f * s->c + c) * taps(&v) + place;
+                __m512 sum = add ? _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, rows_apart, to, 4) : _mm512_setzero_ps();
+                for (long part = 0; part < parts; part++)
+                    sum = _mm512_add_ps(sum, _mm512_load_ps(partial + (part * k + place * s->c + c) * n + f));
+                __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(sum)), b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1));
+                low = _mm512_fmadd_pd(a, a, low), high = _mm512_fmadd_pd(b, b, high);
+                _mm512_mask_i32scatter_ps(to, inside, rows_apart, sum, 4);
             }
-        if (squares) squares[f] = total;
+        if (squares) {
+            _mm512_mask_storeu_pd(squares + f, (__mmask8)inside, low);
+            _mm512_mask_storeu_pd(squares + f + 8, (__mmask8)(inside >> 8), high);
+        }
     }
 }
 
