@@ -129,7 +129,9 @@ def fit(
                 history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
                 _restore(start, model, optimiser, meter, device)
             own = precision.name == "bfloat16" and device.type == "cpu"
-            whole = fused(model, objective, pixels.shape[1:], training.batch_size, training.k, optimiser) if own else None
+            whole = (
+                fused(model, objective, pixels.shape[1:], training.batch_size, training.k, optimiser) if own else None
+            )
             buffers = [] if whole else list(model.buffers())  # which a network may change in its forward pass
             noise = torch.Generator(device)
             pace = Pace(chooses=whole is not None and optimiser.muon is None)

@@ -20,7 +20,9 @@ def fits(layer: Convolution) -> bool:
         m >= s for m, s in zip(layer.output_padding, layer.stride, strict=True)
     ):
         return False
-    plain = max(layer.stride) <= STEP and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    plain = (
+        max(layer.stride) <= STEP and layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    )
     return plain and isinstance(layer.padding, tuple)
 
 

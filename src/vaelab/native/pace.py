@@ -16,10 +16,12 @@ WARMING = 8
 """Steps that are not counted at the beginning, and after a change: caches fill, and threads that slept come back."""
 AWAKE = 2
 """Steps of them in which threads that slept come back, however long that takes."""
-EVERY = 1.0
-"""Seconds after which the other number is tried again."""
+EVERY, SHARE = 1.0, 0.05
+"""Seconds after which the other number is tried again, and the part of the time that trials may take: steps may be long."""
 GIVEN_UP = 3.0
 """A step that takes so many times what the number in use takes ends a trial."""
+CLEARLY, ENOUGH = 1.3, 3
+"""So does the median of that many steps that take so many times as long."""
 
 
 class Pace:
@@ -35,7 +37,8 @@ class Pace:
         self.times: list[float] = []
         self.typical: float | None = None  # of the number in use
         self.trying = False
-        self.last = self.decided = time.perf_counter()
+        self.pause = EVERY
+        self.last = self.decided = self.began = time.perf_counter()
 
     def start(self) -> None:
         """A step begins."""
@@ -47,28 +50,37 @@ class Pace:
         self.times.append(now - self.last)
         if not self.chooses:
             return
-        awake = len(self.times) > AWAKE
-        slow = self.trying and awake and self.typical is not None and self.times[-1] > GIVEN_UP * self.typical
-        if slow or (
-            len(self.times) >= WARMING + TRIED and (self.trying or self.typical is None or now - self.decided > EVERY)
-        ):
-            self._decide(now)
+        measured = len(self.times) >= WARMING + TRIED
+        if self.trying:
+            if measured or self._slower():
+                self._decide(now)
+        elif measured and (self.typical is None or now - self.decided > self.pause):
+            self.typical, self.trying, self.began = statistics.median(self.times[-TRIED:]), True, now
+            self._switch()
+
+    def _slower(self) -> bool:
+        """Whether the number on trial is slower for sure."""
+        assert self.typical is not None
+        seen = self.times[AWAKE:]
+        return bool(seen) and (
+            seen[-1] > GIVEN_UP * self.typical
+            or (len(seen) >= ENOUGH and statistics.median(seen[-ENOUGH:]) > CLEARLY * self.typical)
+        )
 
     def _decide(self, now: float) -> None:
+        assert self.typical is not None
         measured = statistics.median(self.times[-TRIED:])
-        if self.trying:
-            if self.typical is not None and measured < self.typical:
-                self.typical = measured  # the other number stays
-            else:
-                self._switch()
-            self.trying, self.decided = False, now
+        if measured < self.typical:
+            self.typical = measured  # the other number stays
+            self.times.clear()
         else:
-            self.typical, self.trying = measured, True
             self._switch()
-        self.times.clear()
+        self.trying, self.decided = False, now
+        self.pause = max(EVERY, (now - self.began) / SHARE)
 
     def _switch(self) -> None:
         self.used = 1 if self.used == self.most else self.most
+        self.times.clear()
         torch.set_num_threads(self.used)
 
     def begin(self) -> None:

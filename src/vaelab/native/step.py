@@ -144,7 +144,9 @@ class Fused:
             if any(one.outputs != other.inputs for one, other in pairwise(chain)):
                 raise _Unknown
             # who gives back the gradient of what passed an activation is a product
-            if any(one.activation and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))):
+            if any(
+                one.activation and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))
+            ):
                 raise _Unknown
         if encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
             raise _Unknown
@@ -293,7 +295,9 @@ def _convolution(
     if min(sides) < 1:
         raise _Unknown
     given, outputs = math.prod(shape), layer.out_channels * math.prod(sides)
-    operation = _Operation(UP if isinstance(layer, nn.ConvTranspose2d) else DOWN, given, outputs, IDENTITY, *_own(layer))
+    operation = _Operation(
+        UP if isinstance(layer, nn.ConvTranspose2d) else DOWN, given, outputs, IDENTITY, *_own(layer)
+    )
     operation.shape[:] = shape_of(layer, 0, shape[1:], sides)
     chain.append(operation)
     return (layer.out_channels, *sides)

@@ -1,0 +1,66 @@
+"""How many threads a training's kernels use (`native/pace.py`), with a clock that the tests turn."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vaelab.native import pace
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Makes some steps, which take `seconds(threads)`; returns how many threads each had."""
+    clock = [0.0]
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def steps(paced, count, seconds):
+        used = []
+        for _ in range(count):
+            paced.start()
+            used.append(torch.get_num_threads())
+            clock[0] += seconds(used[-1])
+            paced.step()
+        return used
+
+    yield steps
+    torch.set_num_threads(before)
+
+
+def test_two_threads_stay_where_they_are_faster(run):
+    paced = pace.Pace(chooses=True)
+    used = run(paced, 500, {1: 1.6e-3, 2: 1e-3}.__getitem__)
+    assert used[0] == used[-1] == 2
+    assert used.count(1) == pace.AWAKE + pace.ENOUGH  # one trial, ended as soon as it was clear
+
+
+def test_one_thread_is_taken_where_it_is_faster_and_left_when_it_is_not(run):
+    paced = pace.Pace(chooses=True)
+    assert run(paced, 100, {1: 1e-3, 2: 10e-3}.__getitem__)[-40:] == 40 * [1]
+    used = run(paced, 2000, {1: 1e-3, 2: 0.6e-3}.__getitem__)
+    assert used[-500:] == 500 * [2]
+    paced.restore()
+    assert torch.get_num_threads() == 2
+    paced.begin()
+    assert torch.get_num_threads() == 2
+
+
+def test_trials_of_long_steps_take_little_of_the_time(run):
+    paced = pace.Pace(chooses=True)
+    used = run(paced, 2000, {1: 0.020, 2: 0.010}.__getitem__)
+    assert used[16:].count(1) * 0.020 < 0.06 * 2000 * 0.010
+    nearly = run(pace.Pace(chooses=True), 2000, {1: 0.011, 2: 0.010}.__getitem__)
+    assert 16 < nearly.count(1) < 0.08 * 2000
+
+
+def test_a_step_that_takes_very_long_ends_a_trial(run):
+    used = run(pace.Pace(chooses=True), 30, {1: 1.0, 2: 1e-3}.__getitem__)
+    assert used.count(1) == pace.AWAKE + 1
+
+
+def test_nothing_is_tried_where_there_is_no_choice(run):
+    assert run(pace.Pace(chooses=False), 100, {1: 1e-3, 2: 1.0}.__getitem__) == 100 * [2]
+    torch.set_num_threads(1)
+    assert run(pace.Pace(chooses=True), 100, {1: 1.0}.__getitem__) == 100 * [1]
