@@ -21,58 +21,78 @@ typedef struct {
     __m512 squares; /* of what was written, summed */
 } Target;
 
-static inline void emit(Target *o, __m512 sum, __m512 start, long at, __mmask16 inside) {
+static inline __attribute__((always_inline)) void emit(Target *o, __m512 sum, __m512 start, long at, __mmask16 inside) {
     sum = activated(o->then.activation, _mm512_add_ps(start, sum), o->then.slopes + at, inside);
     sum = gated(o->gate.activation, sum, o->gate.from + at, inside);
     o->squares = _mm512_mask3_fmadd_ps(sum, sum, o->squares, inside);
     _mm512_mask_storeu_ps(o->y + at, inside, sum);
 }
 
-/* A row of the image from a row of windows, whose places are `next` numbers apart. */
-static inline void emit_row(const Windows *v, const float *from, long next, Target *o, __m512 start, long at, float *room) {
-    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    if (v->cell_w == 2)
-        for (long j = 0, column = -v->off_left; j < v->across; j += 16) {
-            __mmask16 there = first16(v->across - j);
-            __m512 a = _mm512_maskz_loadu_ps(there, from + j), b = _mm512_maskz_loadu_ps(there, from + next + j);
+/* Up to 16 numbers of a row of the image: those `inside` of numbers from `column` on. They are the first ones of a row of windows
+   from number `from` on, where cells are one number wide; where they are two, half of them are of another row; see `emit_row`. */
+typedef struct {
+    long from, column;
+    __mmask16 there, inside;
+    int half;
+} Piece;
+
+/* The pieces of a row of the image; returns how many. Where cells are wider, a row is put together first. */
+static long pieces_of(const Windows *v, Piece *to) {
+    Piece *first = to;
+    if (v->cell_w != 2)
+        for (long j = 0; j < v->columns; j += 16)
+            *to++ = (Piece){j + (v->cell_w == 1 ? v->off_left : 0), j, first16(v->columns - j), first16(v->columns - j), 0};
+    else
+        for (long j = 0, column = -v->off_left; j < v->across; j += 16)
             for (int half = 0; half < 2; half++, column += 16) {
                 __mmask16 inside = first16(v->columns - column) & ~first16(-column);
-                if (inside) emit(o, _mm512_permutex2var_ps(a, half ? high : low, b), start, at + column, inside);
+                if (inside) *to++ = (Piece){j, column, first16(v->across - j), inside, half};
             }
-        }
-    else {
-        for (long j = 0; v->cell_w > 1 && j < v->columns; j++) {
-            long column = j + v->off_left;
-            room[j] = from[column % v->cell_w * next + column / v->cell_w];
-        }
-        const float *row = v->cell_w > 1 ? room : from + v->off_left;
-        for (long j = 0; j < v->columns; j += 16) {
-            __mmask16 inside = first16(v->columns - j);
-            emit(o, _mm512_maskz_loadu_ps(inside, row + j), start, at + j, inside);
-        }
-    }
+    return to - first;
 }
 
-/* The image that results make, which lie by rows of up(count) windows; `at` is where it begins in y, `room` is for a row. */
-static void finish(const Windows *v, const float *sums, Target *o, long at, const __mmask16 *some, const int *before, float *room) {
-    long length = up(count(v)), next = v->features * length, size = v->rows * v->columns, line_length = pitch(v);
-    int straight = v->cell_h == 1 && v->cell_w == 1 && v->across == v->columns && v->down == v->rows;
-    for (long f = 0; f < v->features; f++, at += size) {
-        __m512 start = _mm512_set1_ps(o->then.start ? o->then.start[f] : 0.0f);
-        long place_h = v->off_top % v->cell_h, line = v->off_top / v->cell_h;
-        if (straight)
+/* The image that results make, which lie by rows of up(count) windows; `at` is where it begins in y. What the compiler cannot know
+   not to be overwritten is held apart. */
+static void finish(const Windows *v, const float *sums, Target *target, long at, const __mmask16 *some, const int *before) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const long length = up(count(v)), next = v->features * length, features = v->features, rows = v->rows, columns = v->columns;
+    const long cell_w = v->cell_w, left = v->off_left;
+    const int straight = v->cell_h == 1 && cell_w == 1 && v->across == columns && v->down == rows;
+    long row_at[rows];
+    float room[columns];
+    Piece pieces[columns / 8 + 4];
+    const long count = pieces_of(v, pieces);
+    for (long i = 0; i < rows; i++)
+        row_at[i] = (i + v->off_top) % v->cell_h * cell_w * next + (i + v->off_top) / v->cell_h * pitch(v);
+    Target o = *target;
+    for (long f = 0; f < features; f++, sums += length) {
+        const __m512 start = _mm512_set1_ps(o.then.start ? o.then.start[f] : 0.0f);
+        if (straight) {
             for (long t = 0; 16 * t < length; t++) {
-                __m512 sum = _mm512_maskz_compress_ps(some[t], _mm512_load_ps(sums + f * length + 16 * t));
-                emit(o, sum, start, at + before[t], first16(__builtin_popcount(some[t])));
+                __m512 sum = _mm512_maskz_compress_ps(some[t], _mm512_load_ps(sums + 16 * t));
+                emit(&o, sum, start, at + before[t], first16(__builtin_popcount(some[t])));
             }
-        else
-            for (long i = 0; i < v->rows; i++) {
-                const float *from = sums + (place_h * v->cell_w * v->features + f) * length + line * line_length;
-                emit_row(v, from, next, o, start, at + i * v->columns, room);
-                if (++place_h == v->cell_h) place_h = 0, line++;
+            at += rows * columns;
+            continue;
+        }
+        for (long i = 0; i < rows; i++, at += columns) {
+            const float *row = sums + row_at[i];
+            if (cell_w > 2) {
+                for (long j = left; j < columns + left; j++) room[j - left] = row[j % cell_w * next + j / cell_w];
+                row = room;
             }
+            for (const Piece *p = pieces; p < pieces + count; p++) {
+                __m512 sum = _mm512_maskz_loadu_ps(p->there, row + p->from);
+                if (cell_w == 2) {
+                    __m512 other = _mm512_maskz_loadu_ps(p->there, row + next + p->from);
+                    sum = _mm512_permutex2var_ps(sum, p->half ? high : low, other);
+                }
+                emit(&o, sum, start, at + p->column, p->inside);
+            }
+        }
     }
+    *target = o;
 }
 
 /* K of down and up: two channels after two, of one place of a window after the other. */
@@ -146,7 +166,7 @@ static inline void block_of_planes(const bf16 *rows, const int *from, const int 
 static inline long room_shared(const Windows *v) { return (results(v) + 1) * depth(v); }
 static inline long room_pairs(const Windows *v) { return 2 * up(pairs_of(v) * planes(v)); }
 static inline long room_own(const Windows *v) {
-    return room_pairs(v) + SIDE * depth(v) + 2 * results(v) * up(count(v)) + 2 * up(v->columns) + up(count(v) / 4 + 8);
+    return room_pairs(v) + SIDE * depth(v) + 2 * results(v) * up(count(v)) + up(count(v) / 4 + 8);
 }
 
 void convolution_shared(const Shape *s, int upwards, const float *from, const float *w, Forward then, Gate gate, float *to,
@@ -155,8 +175,8 @@ void convolution_shared(const Shape *s, int upwards, const float *from, const fl
     long k = depth(&v), length = up(count(&v)), size = v.channels * v.height * v.width;
     bf16 *kernels = scratch, *left = alone + room_pairs(&v), *right = left + HALF * k;
     int *at = (int *)(kernels + results(&v) * k), *own = (int *)alone, itself = TILES && pairs_of(&v) % HALF == 0;
-    float *sums = (float *)(right + HALF * k), *room = sums + results(&v) * length;
-    int *before = (int *)(room + up(v.columns));
+    float *sums = (float *)(right + HALF * k);
+    int *before = (int *)(sums + results(&v) * length);
     __mmask16 *some = (__mmask16 *)(before + length / 16);
     Target target = {then, gate, to, _mm512_setzero_ps()};
     __m512 squares = _mm512_setzero_ps();
@@ -179,7 +199,7 @@ void convolution_shared(const Shape *s, int upwards, const float *from, const fl
                     block((Rows){kernels + r * k, k, 0}, (Panels){left, HALF * k, 0, 1}, k, COARSE, sums + r * length + t, length);
             }
         }
-        finish(&v, sums, &target, m * v.features * v.rows * v.columns, some, before, room);
+        finish(&v, sums, &target, m * v.features * v.rows * v.columns, some, before);
     }
     end_tiles();
     double sum = _mm512_reduce_add_ps(squares), other = _mm512_reduce_add_ps(target.squares);
