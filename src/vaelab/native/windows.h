@@ -89,7 +89,8 @@ static inline __attribute__((always_inline)) __m512 as_planes(const Windows *v, 
             long phase_h = v->top % v->step_h, line = v->top / v->step_h * line_length;
             for (long i = 0; i < rows; i++, row += v->width) {
                 long at = c / (1 + paired) * each + phase_h * v->step_w * length + line;
-                __m512 a = _mm512_maskz_loadu_ps(one, row), b = _mm512_maskz_loadu_ps(two, row + size);
+                __m512 a = _mm512_maskz_loadu_ps(one, row);
+                __m512 b = paired ? _mm512_maskz_loadu_ps(two, row + size) : _mm512_setzero_ps();
                 squares = _mm512_fmadd_ps(a, a, _mm512_fmadd_ps(b, b, squares));
                 __m512i both = paired ? pairs(a, b) : (__m512i)a;
                 for (long phase = 0; phase < v->step_w; phase++) {
