@@ -1,5 +1,6 @@
 """Whole passes in native code (`native/step.py`) against autograd, and the updates that they make."""
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from vaelab.models.vae import VAE
 from vaelab.native import library, reason
 from vaelab.native.layers import accelerated
 from vaelab.native.step import fused
+from vaelab.nn.conv import ConvDecoder, ConvEncoder
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, FourierMLP
 from vaelab.objectives import ELBO, FreeBits
@@ -137,8 +139,10 @@ def test_weights_whose_gradient_may_overflow_are_updated_after_the_pass(kernels,
     assert math.isfinite(passed.loss) and not passed.updated
 
 
-def test_training_in_whole_passes_has_the_same_bits_with_any_number_of_threads(digits, small, same_weights):
-    chosen = small(precision="bfloat16", epochs=1)
+@pytest.mark.parametrize("network", ["dense", "conv"])
+def test_training_in_whole_passes_has_the_same_bits_with_any_number_of_threads(digits, same_weights, network):
+    fields = {"channels": (5, 32)} if network == "conv" else {"hidden": (24,)}
+    chosen = recipe("vae", digits.shape, data="digits", network=network, precision="bfloat16", epochs=1, **fields)
     models = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -148,20 +152,46 @@ def test_training_in_whole_passes_has_the_same_bits_with_any_number_of_threads(d
     assert same_weights(models[0], models[1]) and same_weights(models[0], models[2])
 
 
-def against_autograd(model, rel):
+def against_autograd(model, rel, shape=(1, 8, 8), k=1):
     """Of eight images: the value, and all of the gradient. Returns the pass, the optimiser and the images."""
     optimiser, x = (
         Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10),
-        torch.rand(8, 1, 8, 8, generator=stream(0, "x")),
+        torch.rand(8, *shape, generator=stream(0, "x")),
     )
-    passed = fused(model, ELBO(), (1, 8, 8), 8, 1)(x, stream(0, "noise"), 0)
+    passed = fused(model, ELBO(), shape, 8, k)(x, stream(0, "noise"), 0)
     found = optimiser.gradient.clone()
     optimiser.gradient.zero_()
-    loss = ELBO()(model.trace(x, generator=stream(0, "noise")), 0).loss
+    loss = ELBO()(model.trace(x, k=k, generator=stream(0, "noise")), 0).loss
     loss.backward()
     assert passed.loss == pytest.approx(loss.item(), rel=rel)
     assert (found - optimiser.gradient).norm() < 2e-2 * optimiser.gradient.norm()
     return passed, optimiser, x
+
+
+CONVOLUTIONS = {  # the encoder's layers, whose 7 x 11 images have an odd side at each stage of the decoder
+    "of one channel": [nn.Conv2d(1, 32, 3, 2, 1), nn.SiLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU()],
+    "without biases": [nn.Conv2d(1, 33, 3, bias=False), nn.Conv2d(33, 5, (2, 3), (1, 3), bias=False), nn.SiLU()],
+    "transposed": [nn.Conv2d(1, 16, 3, 2), nn.SiLU(), nn.ConvTranspose2d(16, 2, 4, 3, (1, 2), (1, 0)), nn.SiLU()],
+    "that nothing is learnt of": [nn.Conv2d(1, 32, 3, 2, 1).requires_grad_(False), nn.SiLU(), nn.Conv2d(32, 3, 1)],
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_ones_own_are_autograds(kernels, name):
+    """And, in the decoder, transposed convolutions whose last rows and columns are cut off."""
+    shape = (1, 7, 11)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Sequential(*copy.deepcopy(CONVOLUTIONS[name]), nn.Flatten())
+        features = layers(torch.zeros(1, *shape)).numel()
+        model = made(
+            encoder=layers,
+            posterior=Gaussian(features, 2),
+            likelihood=GreyCrossEntropy(ConvDecoder((2,), (32, 5), shape)),
+        )
+    passed, optimiser, x = against_autograd(model, 1e-3, shape, k=3)
+    optimiser.clip = 0.99 * passed.gradient_norm
+    assert not fused(model, ELBO(), shape, 8, 3, optimiser)(x, stream(0, "noise"), 0).updated
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 100.0, 1e5])
@@ -266,6 +296,15 @@ def test_what_is_no_known_chain_goes_through_autograd():
         "weights used twice": made(encoder=nn.Sequential(nn.Flatten(), shared, shared, nn.Linear(64, 32))),
         "weights that are not used": unused,
         "an activation of the code": made(likelihood=GreyCrossEntropy(decoder_of(nn.SiLU()))),
+        "a residual network": made(encoder=ConvEncoder((1, 8, 8), (4,), 32, residual=True)),
+        "holes in a kernel": made(encoder=nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2), nn.Flatten())),
+        "a torus": made(encoder=nn.Sequential(nn.Conv2d(1, 2, 5, padding_mode="circular"), nn.Flatten())),
+        "steps of 17": made(encoder=nn.Sequential(nn.Conv2d(1, 32, 8, 17), nn.Flatten())),
+        "images where there are samples of them, which torch refuses": made(
+            likelihood=GreyCrossEntropy(
+                nn.Sequential(nn.Linear(2, 64), nn.Unflatten(-1, (1, 8, 8)), nn.Conv2d(1, 1, 1))
+            )
+        ),
         "another posterior": made(posterior=Laplace(32, 2)),
         "a hook": hooked,
         "logits above zero": made(likelihood=GreyCrossEntropy(nn.Sequential(MLP([2], [32], (1, 8, 8)), nn.ReLU()))),

@@ -101,8 +101,8 @@ def fused(
     try:
         encoder: list[_Operation] = []
         decoder: list[_Operation] = []
-        _chain(parts.posterior.head, _chain(parts.encoder, tuple(shape), encoder), encoder)
-        _chain(parts.likelihood.decoder, (model.latent_dim,), decoder)
+        _chain(parts.posterior.head, _chain(parts.encoder, tuple(shape), encoder, 1), encoder, 1)
+        _chain(parts.likelihood.decoder, (model.latent_dim,), decoder, 2)  # samples, images
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
         own = [p.gradient for o in (*encoder, *decoder) for p in (o.w, o.b) if p.gradient]
         if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
@@ -238,42 +238,49 @@ def _blocks(operation: _Operation) -> int:
     return -(-operation.outputs // {LINEAR: 32, EXACT: 8}[operation.kind]) if operation.kind in PRODUCTS else 0
 
 
-def _chain(module: Any, shape: tuple[int, ...], chain: list[_Operation]) -> tuple[int, ...]:
-    """Add a module's operations on inputs (rows, *shape) to a chain, and return the shape of what it gives. Raises _Unknown."""
+def _chain(module: Any, shape: tuple[int, ...], chain: list[_Operation], axes: int) -> tuple[int, ...]:
+    """Add a module's operations on inputs (..., *shape) to a chain, and return the shape of what it gives. Raises _Unknown.
+
+    Args:
+        module: of `VAE`.
+        shape: of its input.
+        chain: what comes before it, and then it too.
+        axes: how many there are before the shape, which are the rows.
+    """
     kind, n = type(module), math.prod(shape)
     if kind in ACTIVATIONS and chain and chain[-1].kind in PRODUCTS and not chain[-1].activation:
         chain[-1].activation = ACTIVATIONS[kind]  # a product's own affair
     elif kind is nn.Sequential:
         for part in module:
-            shape = _chain(part, shape, chain)
+            shape = _chain(part, shape, chain, axes)
     elif kind is MLP:
-        _chain(module.layers, (n,), chain)
+        _chain(module.layers, (n,), chain, axes)
         shape = module.out_shape
     elif kind is ConvEncoder:
-        shape = _chain(module.layers, module.in_shape, chain)
+        shape = _chain(module.layers, module.in_shape, chain, 1)
     elif kind is ConvDecoder:
-        _chain(module.first, shape, chain)
-        shape = _chain(module.layers, module.start, chain)
+        _chain(module.first, shape, chain, axes)
+        shape = _chain(module.layers, module.start, chain, 1)
     elif kind is Double:
         shape = _convolution(module.convolution, shape, chain, (module.rows, module.columns))
-    elif kind in (nn.Conv2d, nn.ConvTranspose2d):
+    elif kind in (nn.Conv2d, nn.ConvTranspose2d) and axes == 1:
         shape = _convolution(module, shape, chain)
     elif kind is Centred:
         chain.append(_Operation(SUBTRACT, n, n, IDENTITY, _Parameter(_address(module.constant))))
-        shape = _chain(module.network, shape, chain)
+        shape = _chain(module.network, shape, chain, axes)
     elif kind is AroundMean:
-        shape = _chain(module.network, shape, chain)
+        shape = _chain(module.network, shape, chain, axes)
         n = module.constant.numel()
         chain.append(_Operation(ADD, n, n, IDENTITY, _Parameter(_address(module.constant))))
     elif kind is FourierMLP:
         k, count = module.frequency.shape
         constants = _Parameter(_address(module.frequency)), _Parameter(_address(module.phase))
         chain.append(_Operation(WAVES, k, k + count, IDENTITY, *constants))
-        shape = _chain(module.network, (k + count,), chain)
+        shape = _chain(module.network, (k + count,), chain, axes)
     elif kind in (nn.Linear, ExactLinear) and len(shape) == 1:
         shape = (module.out_features,)
         chain.append(_Operation(LINEAR if kind is nn.Linear else EXACT, n, *shape, IDENTITY, *_own(module)))
-    elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+    elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (axes, -1):
         shape = (n,)
     elif kind is nn.Unflatten and module.dim == -1:
         shape = (*shape[:-1], *module.unflattened_size)
