@@ -194,6 +194,25 @@ def test_convolutions_of_ones_own_are_autograds(kernels, name):
     assert not fused(model, ELBO(), shape, 8, 3, optimiser)(x, stream(0, "noise"), 0).updated
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_gradient_that_is_as_large_as_it_can_be_is_clipped(kernels, part):
+    """A transposed convolution of equal numbers, whose gradients are equal too: its bound is met, but for the border."""
+    model = made(likelihood=GreyCrossEntropy(ConvDecoder((2,), (1,), (1, 8, 8))))
+    first, last = model.likelihood.decoder.first, model.likelihood.decoder.layers[-1].convolution
+    model.requires_grad_(False)
+    with torch.no_grad():
+        for tensor in (first.weight, last.weight, last.bias):
+            tensor.zero_()
+        first.bias.fill_(3.0 if part == "weight" else 0.0)
+    getattr(last, part).requires_grad_()
+    optimiser, x = Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10, clip=1.0), torch.zeros(8, 1, 8, 8)
+    passes = fused(model, ELBO(), (1, 8, 8), 8, 1, optimiser)
+    norm = passes(x, stream(0, "noise"), 0).gradient_norm
+    for share, updated in ((0.99, False), (1.5, True)):
+        optimiser.clip = share * norm
+        assert passes(x, stream(0, "noise"), 0).updated == updated
+
+
 @pytest.mark.parametrize("size", [0.0, 1.0, 100.0, 1e5])
 def test_silu_of_any_size(kernels, size):
     """A whole pass through activations around +-size is what autograd makes of it."""
@@ -284,6 +303,8 @@ def test_what_is_no_known_chain_goes_through_autograd():
         def forward(self, x):
             return 2 * super().forward(x)
 
+    cropped = ConvDecoder((2,), (8, 4), (1, 8, 8))
+    cropped.layers[1].rows = 5
     hooked = made()
     hooked.encoder.register_forward_hook(lambda *a: None)
     unused = made()
@@ -299,6 +320,7 @@ def test_what_is_no_known_chain_goes_through_autograd():
         "a residual network": made(encoder=ConvEncoder((1, 8, 8), (4,), 32, residual=True)),
         "holes in a kernel": made(encoder=nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2), nn.Flatten())),
         "a torus": made(encoder=nn.Sequential(nn.Conv2d(1, 2, 5, padding_mode="circular"), nn.Flatten())),
+        "more rows to keep than there are": made(likelihood=GreyCrossEntropy(cropped)),
         "steps of 17": made(encoder=nn.Sequential(nn.Conv2d(1, 32, 8, 17), nn.Flatten())),
         "images where there are samples of them, which torch refuses": made(
             likelihood=GreyCrossEntropy(

@@ -11,10 +11,11 @@ asks for that.
 
     tiles.h           the product of two matrices, block by block
     rows.h            what its operands are made from
+    activations.h     what follows a layer's sums in the same pass
     images.c          a batch of a data set's images
     linear.c          linear layers: forward, and the gradients of weights and input
     exact.c           the same in float32, for layers that read codes or give a posterior's parameters
-    convolution.c     convolutions and transposed ones: each is the other's gradient
+    convolution.c     convolutions and transposed ones, each the other's gradient, from `windows.h`: how they read images
     pixels.c          log p(x) of Bernoulli pixels
     step.c            a whole pass of the most used composition, from those parts
     scoring.c         many codes against one image: importance sampling

@@ -51,7 +51,7 @@ typedef struct {
 } Plan;
 
 static int convolves(const Operation *o) { return o->kind == DOWN || o->kind == UP; }
-static int weighted(const Operation *o) { return o->kind == LINEAR || o->kind == EXACT || convolves(o); }
+static int learns(const Operation *o) { return o->w.gradient || o->b.gradient; } /* and is no constant */
 static Shape of_images(const Operation *o, long images) {
     Shape shape = o->shape;
     shape.images = images;
@@ -207,7 +207,7 @@ static void parameters(Operation *first, long count, const float *x, long m, con
     for (Operation *o = first + count - 1; o >= first; o--) {
         long k = o->inputs, n = o->outputs, step = o->kind == EXACT ? ROWS : SIDE;
         const float *input = o == first ? x : o[-1].value;
-        if (!weighted(o) || !(o->w.gradient || o->b.gradient)) continue;
+        if (!learns(o)) continue;
         if (convolves(o)) {
             kernels(o, input, m, adam, p, alone);
             begin_tiles();
@@ -236,7 +236,7 @@ static void parameters(Operation *first, long count, const float *x, long m, con
 static double bound(const Operation *o, long count, long m) {
     double total = 0;
     for (; count--; o++)
-        if (weighted(o)) {
+        if (learns(o)) {
             const Shape *s = &o->shape;
             double windows = 1, positions = 1;
             if (convolves(o)) {
