@@ -1,9 +1,9 @@
 """The whole pass of the most used composition, forward and backward, in one call of `step.c`.
 
 Between two products of a network of this size Python and autograd take longer than the products. So where a model is a chain
-of known operations, dense or convolutional, around a diagonal Gaussian, a standard normal and Bernoulli pixels, and what is differentiated is its ELBO,
-the chain is written down once (`fused`), and each pass runs it. Any other composition goes through autograd, layer by layer
-(`layers.py`); the results are the same (tests/train/test_native_pass.py).
+of known operations, dense or convolutional, around a diagonal Gaussian, a standard normal and Bernoulli pixels, and what is
+differentiated is its ELBO, the chain is written down once (`fused`), and each pass runs it. Any other composition goes through
+autograd, layer by layer (`layers.py`); the results are the same (tests/train/test_native_pass.py).
 """
 
 import ctypes
