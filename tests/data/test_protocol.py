@@ -71,6 +71,20 @@ def test_the_ends_of_the_noise_do_not_leave_the_bin():
     assert _spread(pixels, noise).double().tolist() == expected
 
 
+def test_words_are_splitmix64s():
+    """The values that implementations of it are checked with, for the seed 1234567."""
+    from vaelab.data.protocol import _words
+
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert _words(1234567, 5).tolist() == expected
+
+
 def test_dynamic_bits_have_the_grey_level_as_probability():
     pixels = np.repeat(RAMP, 20_000, 0)
     for x in (batch("dynamic", pixels), protocol("dynamic").test_set(pixels)):

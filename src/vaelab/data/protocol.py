@@ -119,8 +119,7 @@ def _natively(name: str, pixels: "Tensor", index: "Tensor", generator: "torch.Ge
     if name == "grey":
         kernels.grey(pixels.data_ptr(), index.data_ptr(), out.data_ptr(), rows, size, threads)
     else:
-        noise = _noise((rows, *event), pixels.device, generator)
-        kernels.bits(pixels.data_ptr(), index.data_ptr(), noise.data_ptr(), out.data_ptr(), rows, size, threads)
+        kernels.bits(pixels.data_ptr(), index.data_ptr(), _seed(generator), out.data_ptr(), rows, size, threads)
     return out
 
 
@@ -141,20 +140,37 @@ def _spread(pixels: "Tensor", noise: "Tensor") -> "Tensor":
 def _noise(shape: tuple[int, ...], device: "torch.device", generator: "torch.Generator") -> "Tensor":
     """A signed 16-bit integer for each pixel, uniform.
 
-    Four pixels share one 64-bit draw: a float for each took a twentieth of a training step. On the CPU they come from
-    NumPy's SFC64, seeded from the generator, which draws five times as fast as torch's Mersenne Twister.
+    Four pixels share one 64-bit draw: a float for each took a twentieth of a training step. On the CPU word i is what
+    SplitMix64 (Steele, Lea & Flood 2014) draws i steps after a seed from the generator: it depends on both alone, so that
+    vaelab's kernel draws eight at once, in several threads, the same ones.
     """
     import torch
 
     size = math.prod(shape)
     count = -(-size // 4)
     if device.type == "cpu":
-        seed = int(torch.empty((), dtype=torch.int64).random_(0, None, generator=generator))
-        words = torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
+        words = torch.from_numpy(_words(_seed(generator), count).view(np.int64))
     else:
         words = torch.empty(count, dtype=torch.int64, device=device)
         words.random_(-(2**63), None, generator=generator)
     return words.view(torch.int16)[:size].view(shape)
+
+
+def _seed(generator: "torch.Generator") -> int:
+    import torch
+
+    return int(torch.empty((), dtype=torch.int64).random_(0, None, generator=generator))
+
+
+def _words(seed: int, count: int) -> np.ndarray:
+    """The first words of SplitMix64 after a seed, uint64 (count,)."""
+    z = np.arange(1, count + 1, dtype=np.uint64)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    return z ^ (z >> np.uint64(31))
 
 
 def _fixed(name: str, pixels: "Tensor") -> "Tensor":

@@ -50,7 +50,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "convolution_bias": (*[_pointer] * 2, *[_long] * 3, _int),
     "convolution_room": (*[_pointer] * 2,),
     "grey": (*[_pointer] * 3, *[_long] * 2, _int),
-    "bits": (*[_pointer] * 4, *[_long] * 2, _int),
+    "bits": (*[_pointer] * 2, ctypes.c_uint64, _pointer, *[_long] * 2, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
     "pack_rows": (*[_pointer] * 2, *[_long] * 2),
     "score_codes": (*[_pointer] * 4, _long, *[_pointer] * 3, _long, _pointer, _int),
