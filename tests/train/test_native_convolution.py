@@ -95,6 +95,20 @@ def test_output_and_gradients_are_torchs(kernels, shape, bias):
     both(*make(*shape, bias=bias))
 
 
+def test_an_image_of_any_length_has_room(kernels):
+    """What is laid out for a row lies in scratch, not on a thread's stack."""
+    layer, x = make(1, 1, 1, (1, 1_300_000), (1, 3), (1, 2), (0, 1))
+    dy = torch.ones_like(layer(x))
+    close(gradients(layer, x, dy, own=True)[:2], gradients(layer, x, dy, own=False)[:2])
+
+
+def test_weights_that_were_cut_are_torchs(kernels):
+    layer, _ = make(*SHAPES[2])
+    layer.weight, layer.bias = (nn.Parameter(p.detach()[:2]) for p in (layer.weight, layer.bias))
+    with layers.accelerated(layer):
+        assert layers.accelerated_layers(layer) == []
+
+
 def test_numbers_are_rounded_to_bfloat16(kernels):
     layer, x = make(*SHAPES[1])
     fine = x + 1e-3 * torch.randn_like(x)

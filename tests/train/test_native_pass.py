@@ -13,7 +13,7 @@ from vaelab.models.vae import VAE
 from vaelab.native import library, reason
 from vaelab.native.layers import accelerated
 from vaelab.native.step import fused
-from vaelab.nn.conv import ConvDecoder, ConvEncoder
+from vaelab.nn.conv import ConvDecoder, ConvEncoder, Double
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, FourierMLP
 from vaelab.objectives import ELBO, FreeBits
@@ -143,6 +143,9 @@ def test_weights_whose_gradient_may_overflow_are_updated_after_the_pass(kernels,
 def test_training_in_whole_passes_has_the_same_bits_with_any_number_of_threads(digits, same_weights, network):
     fields = {"channels": (5, 32)} if network == "conv" else {"hidden": (24,)}
     chosen = recipe("vae", digits.shape, data="digits", network=network, precision="bfloat16", epochs=1, **fields)
+    model = initial_model(chosen)
+    Optimiser(model, "adam", 1e-3, lambda done: 1.0, 10)
+    assert fused(model, built(chosen.objective), digits.shape, 8, 1) is not None
     models = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -303,7 +306,17 @@ def test_what_is_no_known_chain_goes_through_autograd():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    cropped = ConvDecoder((2,), (8, 4), (1, 8, 8))
+    class Scaled(nn.ConvTranspose2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    cropped, scaled, doubled = (ConvDecoder((2,), (8, 4), (1, 8, 8)) for _ in range(3))
+    scaled.layers[-1].convolution = Scaled(4, 1, 4, 2, 1)
+    doubled.layers[-1].convolution = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 1, 4, 2, 1))
+    pruned = nn.Conv2d(1, 8, 3, 2, 1)
+    pruned.weight, pruned.bias = (nn.Parameter(p.detach()[:2]) for p in (pruned.weight, pruned.bias))
+    own_forward = nn.Sequential(nn.Flatten(), nn.Linear(64, 32))
+    own_forward.forward = lambda x: 3 * nn.Sequential.forward(own_forward, x)
     cropped.layers[1].rows = 5
     hooked = made()
     hooked.encoder.register_forward_hook(lambda *a: None)
@@ -320,6 +333,27 @@ def test_what_is_no_known_chain_goes_through_autograd():
         "a residual network": made(encoder=ConvEncoder((1, 8, 8), (4,), 32, residual=True)),
         "holes in a kernel": made(encoder=nn.Sequential(nn.Conv2d(1, 2, 3, dilation=2), nn.Flatten())),
         "a torus": made(encoder=nn.Sequential(nn.Conv2d(1, 2, 5, padding_mode="circular"), nn.Flatten())),
+        "a transposed convolution of another class": made(likelihood=GreyCrossEntropy(scaled)),
+        "two layers in place of one": made(likelihood=GreyCrossEntropy(doubled)),
+        "a doubling where there are samples": made(
+            likelihood=GreyCrossEntropy(
+                nn.Sequential(nn.Linear(2, 16), nn.Unflatten(-1, (1, 4, 4)), Double(1, 1, 8, 8))
+            )
+        ),
+        "fewer weights than a layer says": made(encoder=nn.Sequential(pruned, nn.Flatten())),
+        "a forward of its own": made(encoder=own_forward),
+        "one constant for all pixels": made(encoder=Centred(MLP((1, 8, 8), [], [32]), (1,))),
+        "features that the head does not read": made(posterior=Gaussian(100, 2)),
+        "more pixels than there are": made(encoder=nn.Sequential(nn.Flatten(), nn.Linear(100, 32))),
+        "fewer": made(encoder=nn.Sequential(nn.Flatten(), nn.Linear(4, 32))),
+        "a network of larger images": made(encoder=MLP((1, 28, 28), [], [32])),
+        "a network of rows": made(encoder=MLP((64,), [], [32])),
+        "a network of images, of rows": made(encoder=nn.Sequential(nn.Flatten(), ConvEncoder((1, 8, 8), (4,), 32))),
+        "codes of five dimensions": made(likelihood=GreyCrossEntropy(MLP([5], [32], (1, 8, 8)))),
+        "rows for an image": made(likelihood=GreyCrossEntropy(nn.Linear(2, 64))),
+        "an image of other numbers": made(
+            likelihood=GreyCrossEntropy(nn.Sequential(nn.Linear(2, 64), nn.Unflatten(-1, (1, 4, 4))))
+        ),
         "more rows to keep than there are": made(likelihood=GreyCrossEntropy(cropped)),
         "steps of 17": made(encoder=nn.Sequential(nn.Conv2d(1, 32, 8, 17), nn.Flatten())),
         "images where there are samples of them, which torch refuses": made(

@@ -12,7 +12,11 @@ from vaelab.native import pace
 def run(monkeypatch):
     """Makes some steps, which take `seconds(threads)`; returns how many threads each had."""
     clock = [0.0]
-    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def pass_by(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0], pass_by=pass_by))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
 
@@ -21,7 +25,7 @@ def run(monkeypatch):
         for _ in range(count):
             paced.start()
             used.append(torch.get_num_threads())
-            clock[0] += seconds(used[-1])
+            pass_by(seconds(used[-1]))
             paced.step()
         return used
 
@@ -58,6 +62,22 @@ def test_trials_of_long_steps_take_little_of_the_time(run):
 def test_a_step_that_takes_very_long_ends_a_trial(run):
     used = run(pace.Pace(chooses=True), 30, {1: 1.0, 2: 1e-3}.__getitem__)
     assert used.count(1) == pace.AWAKE + 1
+
+
+def test_a_trial_that_ends_early_is_lost(run):
+    """Whatever its first steps took."""
+    for times in (3 * [0.9e-3] + [4e-3], 5 * [0.9e-3] + 3 * [1.4e-3]):
+        paced, left = pace.Pace(chooses=True), iter(times)
+        run(paced, 16 + len(times), lambda threads, left=left: 1e-3 if threads == 2 else next(left))
+        assert torch.get_num_threads() == 2
+
+
+def test_an_evaluation_in_a_trial_is_no_part_of_it(run):
+    paced = pace.Pace(chooses=True)
+    run(paced, 20, {1: 1.1e-3, 2: 1e-3}.__getitem__)
+    pace.time.pass_by(10.0)
+    run(paced, 40, {1: 1.1e-3, 2: 1e-3}.__getitem__)
+    assert paced.pause == pace.EVERY
 
 
 def test_nothing_is_tried_where_there_is_no_choice(run):

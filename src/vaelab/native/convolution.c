@@ -29,70 +29,90 @@ static inline __attribute__((always_inline)) void emit(Target *o, __m512 sum, __
 }
 
 /* Up to 16 numbers of a row of the image: those `inside` of numbers from `column` on. They are the first ones of a row of windows
-   from number `from` on, where cells are one number wide; where they are two, half of them are of another row; see `emit_row`. */
+   from number `from` on, where cells are one number wide; where they are two, each other number is of their second place, and
+   `half` says which half of them it is. */
 typedef struct {
     long from, column;
     __mmask16 there, inside;
     int half;
 } Piece;
 
-/* The pieces of a row of the image; returns how many. Where cells are wider, a row is put together first. */
-static long pieces_of(const Windows *v, Piece *to) {
-    Piece *first = to;
-    if (v->cell_w != 2)
-        for (long j = 0; j < v->columns; j += 16)
-            *to++ = (Piece){j + (v->cell_w == 1 ? v->off_left : 0), j, first16(v->columns - j), first16(v->columns - j), 0};
+/* Where the numbers of an image are among results: where its rows begin, the pieces of a row, room for a row; and, where each
+   window is one number of the image, which of each 16 are. */
+typedef struct {
+    long *rows, pieces;
+    Piece *piece;
+    float *room;
+    int *before;
+    __mmask16 *some;
+} Order;
+
+static inline long room_order(const Windows *v) {
+    return up(4 * v->rows + (long)sizeof(Piece) / 2 * (v->columns / 8 + 4) + 2 * v->columns + count(v) / 4 + 8);
+}
+
+static Order order_of(const Windows *v, bf16 *room) {
+    Order o = {.rows = (long *)room};
+    o.piece = (Piece *)(o.rows + v->rows);
+    o.room = (float *)(o.piece + v->columns / 8 + 4);
+    o.before = (int *)(o.room + v->columns);
+    o.some = (__mmask16 *)(o.before + up(count(v)) / 16);
+    which(v, o.some, o.before);
+    for (long i = 0; i < v->rows; i++) {
+        long place = (i + v->off_top) % v->cell_h, line = (i + v->off_top) / v->cell_h;
+        o.rows[i] = place * v->cell_w * v->features * up(count(v)) + line * pitch(v);
+    }
+    if (v->cell_w != 2) /* where cells are wider, a row is put together first */
+        for (long j = 0; j < v->columns; j += 16) {
+            __mmask16 inside = first16(v->columns - j);
+            o.piece[o.pieces++] = (Piece){j + (v->cell_w == 1 ? v->off_left : 0), j, inside, inside, 0};
+        }
     else
         for (long j = 0, column = -v->off_left; j < v->across; j += 16)
             for (int half = 0; half < 2; half++, column += 16) {
                 __mmask16 inside = first16(v->columns - column) & ~first16(-column);
-                if (inside) *to++ = (Piece){j, column, first16(v->across - j), inside, half};
+                if (inside) o.piece[o.pieces++] = (Piece){j, column, first16(v->across - j), inside, half};
             }
-    return to - first;
+    return o;
 }
 
-/* The image that results make, which lie by rows of up(count) windows; `at` is where it begins in y. What the compiler cannot know
-   not to be overwritten is held apart. */
-static void finish(const Windows *v, const float *sums, Target *target, long at, const __mmask16 *some, const int *before) {
+/* The image that results make, which lie by rows of up(count) windows; `at` is where it begins in y. Returns the sum of the squares
+   of what was written. What the compiler cannot know not to be overwritten is held apart. */
+static double finish(const Windows *v, const float *sums, const Order *order, const Target *target, long at) {
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     const long length = up(count(v)), next = v->features * length, features = v->features, rows = v->rows, columns = v->columns;
     const long cell_w = v->cell_w, left = v->off_left;
     const int straight = v->cell_h == 1 && cell_w == 1 && v->across == columns && v->down == rows;
-    long row_at[rows];
-    float room[columns];
-    Piece pieces[columns / 8 + 4];
-    const long count = pieces_of(v, pieces);
-    for (long i = 0; i < rows; i++)
-        row_at[i] = (i + v->off_top) % v->cell_h * cell_w * next + (i + v->off_top) / v->cell_h * pitch(v);
+    const Order p = *order;
     Target o = *target;
     for (long f = 0; f < features; f++, sums += length) {
         const __m512 start = _mm512_set1_ps(o.then.start ? o.then.start[f] : 0.0f);
         if (straight) {
             for (long t = 0; 16 * t < length; t++) {
-                __m512 sum = _mm512_maskz_compress_ps(some[t], _mm512_load_ps(sums + 16 * t));
-                emit(&o, sum, start, at + before[t], first16(__builtin_popcount(some[t])));
+                __m512 sum = _mm512_maskz_compress_ps(p.some[t], _mm512_load_ps(sums + 16 * t));
+                emit(&o, sum, start, at + p.before[t], first16(__builtin_popcount(p.some[t])));
             }
             at += rows * columns;
             continue;
         }
         for (long i = 0; i < rows; i++, at += columns) {
-            const float *row = sums + row_at[i];
+            const float *row = sums + p.rows[i];
             if (cell_w > 2) {
-                for (long j = left; j < columns + left; j++) room[j - left] = row[j % cell_w * next + j / cell_w];
-                row = room;
+                for (long j = left; j < columns + left; j++) p.room[j - left] = row[j % cell_w * next + j / cell_w];
+                row = p.room;
             }
-            for (const Piece *p = pieces; p < pieces + count; p++) {
-                __m512 sum = _mm512_maskz_loadu_ps(p->there, row + p->from);
+            for (const Piece *piece = p.piece; piece < p.piece + p.pieces; piece++) {
+                __m512 sum = _mm512_maskz_loadu_ps(piece->there, row + piece->from);
                 if (cell_w == 2) {
-                    __m512 other = _mm512_maskz_loadu_ps(p->there, row + next + p->from);
-                    sum = _mm512_permutex2var_ps(sum, p->half ? high : low, other);
+                    __m512 other = _mm512_maskz_loadu_ps(piece->there, row + next + piece->from);
+                    sum = _mm512_permutex2var_ps(sum, piece->half ? high : low, other);
                 }
-                emit(&o, sum, start, at + p->column, p->inside);
+                emit(&o, sum, start, at + piece->column, piece->inside);
             }
         }
     }
-    *target = o;
+    return _mm512_reduce_add_ps(o.squares);
 }
 
 /* K of down and up: two channels after two, of one place of a window after the other. */
@@ -166,7 +186,7 @@ static inline void block_of_planes(const bf16 *rows, const int *from, const int 
 static inline long room_shared(const Windows *v) { return (results(v) + 1) * depth(v); }
 static inline long room_pairs(const Windows *v) { return 2 * up(pairs_of(v) * planes(v)); }
 static inline long room_own(const Windows *v) {
-    return room_pairs(v) + SIDE * depth(v) + 2 * results(v) * up(count(v)) + up(count(v) / 4 + 8);
+    return room_pairs(v) + SIDE * depth(v) + 2 * results(v) * up(count(v)) + room_order(v);
 }
 
 void convolution_shared(const Shape *s, int upwards, const float *from, const float *w, Forward then, Gate gate, float *to,
@@ -176,11 +196,9 @@ void convolution_shared(const Shape *s, int upwards, const float *from, const fl
     bf16 *kernels = scratch, *left = alone + room_pairs(&v), *right = left + HALF * k;
     int *at = (int *)(kernels + results(&v) * k), *own = (int *)alone, itself = TILES && pairs_of(&v) % HALF == 0;
     float *sums = (float *)(right + HALF * k);
-    int *before = (int *)(sums + results(&v) * length);
-    __mmask16 *some = (__mmask16 *)(before + length / 16);
-    Target target = {then, gate, to, _mm512_setzero_ps()};
-    __m512 squares = _mm512_setzero_ps();
-    which(&v, some, before);
+    const Order order = order_of(&v, (bf16 *)(sums + results(&v) * length));
+    const Target target = {then, gate, to, _mm512_setzero_ps()};
+    double squares = 0, others = 0;
 #pragma omp for schedule(static) nowait
     for (long r = 0; r < results(&v); r++) weights_of(s, &v, upwards, w, r, (float *)left, kernels + r * k);
 #pragma omp single
@@ -189,7 +207,7 @@ void convolution_shared(const Shape *s, int upwards, const float *from, const fl
     begin_tiles();
 #pragma omp for schedule(static) nowait
     for (long m = 0; m < s->images; m++) {
-        squares = _mm512_add_ps(squares, as_planes(&v, from + m * size, 1, own));
+        squares += _mm512_reduce_add_ps(as_planes(&v, from + m * size, 1, own));
         for (long t = 0; t < count(&v); t += SIDE) {
             if (!itself) collect(&v, own, at, t, left), collect(&v, own, at, t + HALF, right);
             for (long r = 0; r < results(&v); r += SIDE) {
@@ -199,17 +217,16 @@ void convolution_shared(const Shape *s, int upwards, const float *from, const fl
                     block((Rows){kernels + r * k, k, 0}, (Panels){left, HALF * k, 0, 1}, k, COARSE, sums + r * length + t, length);
             }
         }
-        finish(&v, sums, &target, m * v.features * v.rows * v.columns, some, before);
+        others += finish(&v, sums, &order, &target, m * v.features * v.rows * v.columns);
     }
     end_tiles();
-    double sum = _mm512_reduce_add_ps(squares), other = _mm512_reduce_add_ps(target.squares);
     if (read) {
 #pragma omp atomic
-        *read += sum;
+        *read += squares;
     }
     if (written) {
 #pragma omp atomic
-        *written += other;
+        *written += others;
     }
 #pragma omp barrier
 }

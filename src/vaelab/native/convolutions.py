@@ -15,7 +15,11 @@ STEP = 16
 
 
 def fits(layer: Convolution) -> bool:
-    """Whether the kernels know a layer's settings."""
+    """Whether the kernels know a layer's settings, and its weights are what those say."""
+    inputs, outputs = layer.in_channels, layer.out_channels
+    ends = (inputs, outputs) if isinstance(layer, nn.ConvTranspose2d) else (outputs, inputs)
+    if layer.weight.shape != (*ends, *layer.kernel_size) or (layer.bias is not None and layer.bias.shape != (outputs,)):
+        return False
     if isinstance(layer, nn.ConvTranspose2d) and any(
         m >= s for m, s in zip(layer.output_padding, layer.stride, strict=True)
     ):

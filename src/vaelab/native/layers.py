@@ -15,7 +15,7 @@ from vaelab.native.calls import address, kernels, linear_room, scratch, sink, us
 
 def accelerated_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a model that compute with the kernels now."""
-    return [m for m in model.modules() if isinstance(vars(m).get("forward"), _Own)]
+    return [m for m in model.modules() if isinstance(vars(m).get("forward"), Own)]
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def accelerated(model: nn.Module) -> Iterator[None]:
     if library() is None:
         chosen = []
     for layer in chosen:
-        layer.forward = _Own(FORWARDS[type(layer)], layer)  # type: ignore[method-assign]
+        layer.forward = Own(FORWARDS[type(layer)], layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -44,7 +44,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
             layer.forward = forward  # type: ignore[method-assign]
 
 
-class _Own(partial[Tensor]):
+class Own(partial[Tensor]):
     """A forward of ours, which a user's is told from."""
 
 
@@ -56,7 +56,8 @@ def fits(layer: nn.Module) -> bool:
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    if not usual(x) or x.shape[-1] != layer.in_features:
+    (n, k), bias = layer.weight.shape, layer.bias
+    if not usual(x) or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
         return F.linear(x, layer.weight, layer.bias)  # which answers, or says what is wrong
     # converted here, where autograd sees it
     return _Linear.apply(x.contiguous().float(), layer.weight, layer.bias)  # type: ignore[no-any-return]

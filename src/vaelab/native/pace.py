@@ -7,6 +7,7 @@ any number of threads, so the number may be chosen while training runs: a few st
 
 import statistics
 import time
+from collections import deque
 
 import torch
 
@@ -34,11 +35,11 @@ class Pace:
     def __init__(self, chooses: bool) -> None:
         self.most = self.used = torch.get_num_threads()
         self.chooses = chooses and self.most > 1
-        self.times: list[float] = []
+        self.times: deque[float] = deque(maxlen=WARMING + TRIED)
         self.typical: float | None = None  # of the number in use
         self.trying = False
         self.pause = EVERY
-        self.last = self.decided = self.began = time.perf_counter()
+        self.last = self.decided = time.perf_counter()
 
     def start(self) -> None:
         """A step begins."""
@@ -46,37 +47,40 @@ class Pace:
 
     def step(self) -> None:
         """It has ended."""
-        now = time.perf_counter()
-        self.times.append(now - self.last)
         if not self.chooses:
             return
+        now = time.perf_counter()
+        self.times.append(now - self.last)
         measured = len(self.times) >= WARMING + TRIED
-        if self.trying:
-            if measured or self._slower():
-                self._decide(now)
+        if self.trying and self.typical is not None:
+            if self._slower():
+                self._decide(now, better=False)
+            elif measured:
+                self._decide(now, better=statistics.median(self._latest()) < self.typical)
         elif measured and (self.typical is None or now - self.decided > self.pause):
-            self.typical, self.trying, self.began = statistics.median(self.times[-TRIED:]), True, now
+            self.typical, self.trying = statistics.median(self._latest()), True
             self._switch()
+
+    def _latest(self) -> list[float]:
+        return list(self.times)[-TRIED:]
 
     def _slower(self) -> bool:
         """Whether the number on trial is slower for sure."""
         assert self.typical is not None
-        seen = self.times[AWAKE:]
+        seen = list(self.times)[AWAKE:]
         return bool(seen) and (
             seen[-1] > GIVEN_UP * self.typical
             or (len(seen) >= ENOUGH and statistics.median(seen[-ENOUGH:]) > CLEARLY * self.typical)
         )
 
-    def _decide(self, now: float) -> None:
-        assert self.typical is not None
-        measured = statistics.median(self.times[-TRIED:])
-        if measured < self.typical:
-            self.typical = measured  # the other number stays
+    def _decide(self, now: float, better: bool) -> None:
+        self.pause = max(EVERY, sum(self.times) / SHARE)  # of the steps: an evaluation may lie between them
+        if better:
+            self.typical = statistics.median(self._latest())  # the other number stays
             self.times.clear()
         else:
             self._switch()
         self.trying, self.decided = False, now
-        self.pause = max(EVERY, (now - self.began) / SHARE)
 
     def _switch(self) -> None:
         self.used = 1 if self.used == self.most else self.most

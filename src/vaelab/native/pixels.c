@@ -2,11 +2,12 @@
 
 void bernoulli_shared(const float *logits, const float *x, float *log_p, float *residual, float scale, double *size, long rows,
                       long images, long pixels) {
-    __m512 squares = _mm512_setzero_ps();
+    double total = 0;
 #pragma omp for schedule(static) nowait
     for (long r = 0; r < rows; r++) {
         const float *l = logits + r * pixels, *image = x + r % images * pixels;
         Score s = score_begin();
+        __m512 squares = _mm512_setzero_ps();
         for (long j = 0; j < pixels; j += 16) {
             __mmask16 inside = first16(pixels - j);
             __m512 rest = score_add(&s, _mm512_maskz_loadu_ps(inside, l + j), _mm512_maskz_loadu_ps(inside, image + j),
@@ -16,11 +17,11 @@ void bernoulli_shared(const float *logits, const float *x, float *log_p, float *
             if (residual) _mm512_mask_storeu_ps(residual + r * pixels + j, inside, rest);
         }
         log_p[r] = score_end(&s);
+        total += _mm512_reduce_add_ps(squares);
     }
     if (size) {
-        double sum = _mm512_reduce_add_ps(squares);
 #pragma omp atomic
-        *size += sum;
+        *size += total;
     }
 #pragma omp barrier
 }

@@ -28,7 +28,8 @@ typedef struct {
                    the sums of the squares of their parts
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants
-   size and slope are the sums of the squares of x, and of the gradient of the value, or more. */
+   size and slope are the sums of the squares of x, and of the gradient of the value, or more: of a row at a time in float32, then
+   in double, so that they are not less either by what long sums lose. */
 typedef struct {
     long kind, inputs, outputs, activation;
     Parameter w, b;
@@ -121,14 +122,16 @@ static void waves_backward(const Operation *o, const float *x, const float *dy, 
 
 /* The sum of the squares of x (rows, n), which no product has read in passing; added in any order. */
 static void measure(const float *x, long rows, long n, double *size) {
-    __m512 squares = _mm512_setzero_ps();
+    double sum = 0;
 #pragma omp for schedule(static) nowait
-    for (long i = 0; i < rows; i++)
+    for (long i = 0; i < rows; i++) {
+        __m512 squares = _mm512_setzero_ps();
         for (long j = 0; j < n; j += 16) {
             __m512 v = _mm512_maskz_loadu_ps(first16(n - j), x + i * n + j);
             squares = _mm512_fmadd_ps(v, v, squares);
         }
-    double sum = _mm512_reduce_add_ps(squares);
+        sum += _mm512_reduce_add_ps(squares);
+    }
 #pragma omp atomic
     *size += sum;
 }
@@ -276,9 +279,10 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
                           float *to, double *size) {
     long dim = p->dim;
     const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f), share = _mm512_set1_ps(weight);
-    __m512 squares = _mm512_setzero_ps();
+    double sum = 0;
 #pragma omp for schedule(static)
-    for (long i = 0; i < images; i++)
+    for (long i = 0; i < images; i++) {
+        __m512 squares = _mm512_setzero_ps();
         for (long j = 0; j < dim; j += 16) {
             __mmask16 inside = first16(dim - j);
             const float *mean_at = parameters + i * 2 * dim + j;
@@ -298,7 +302,8 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
             _mm512_mask_storeu_ps(to + i * 2 * dim + j, inside, of_mean);
             _mm512_mask_storeu_ps(to + i * 2 * dim + dim + j, inside, of_log_std);
         }
-    double sum = _mm512_reduce_add_ps(squares);
+        sum += _mm512_reduce_add_ps(squares);
+    }
 #pragma omp atomic
     *size += sum;
 }

@@ -21,6 +21,7 @@ from vaelab.models.vae import VAE
 from vaelab.native.build import library
 from vaelab.native.calls import kernels, up
 from vaelab.native.convolutions import Convolution, fits, made, rooms, shape_of
+from vaelab.native.layers import Own
 from vaelab.nn.conv import ConvDecoder, ConvEncoder, Double
 from vaelab.nn.mean import AroundMean, Centred
 from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
@@ -91,7 +92,11 @@ def fused(
         and type(model.likelihood) in (Bernoulli, GreyCrossEntropy)
         and type(objective) is ELBO
         and not any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or not isinstance(vars(m).get("forward"), Own | None)
             for m in model.modules()
         )
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
@@ -102,12 +107,13 @@ def fused(
         encoder: list[_Operation] = []
         decoder: list[_Operation] = []
         _chain(parts.posterior.head, _chain(parts.encoder, tuple(shape), encoder, 1), encoder, 1)
-        _chain(parts.likelihood.decoder, (model.latent_dim,), decoder, 2)  # samples, images
+        # the axes of samples and of images
+        _same((), _chain(parts.likelihood.decoder, (model.latent_dim,), decoder, 2) == tuple(shape))
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
         own = [p.gradient for o in (*encoder, *decoder) for p in (o.w, o.b) if p.gradient]
         if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
             return None
-        if not encoder or not decoder or not math.prod(shape) == encoder[0].inputs == decoder[-1].outputs:
+        if not encoder or not decoder:
             return None
         return Fused(encoder, decoder, model.latent_dim, objective, batch, k, optimiser)
     except _Unknown:
@@ -253,38 +259,47 @@ def _chain(module: Any, shape: tuple[int, ...], chain: list[_Operation], axes: i
     elif kind is nn.Sequential:
         for part in module:
             shape = _chain(part, shape, chain, axes)
-    elif kind is MLP:
-        _chain(module.layers, (n,), chain, axes)
-        shape = module.out_shape
-    elif kind is ConvEncoder:
-        shape = _chain(module.layers, module.in_shape, chain, 1)
+    elif kind is MLP and len(shape) == len(module.in_shape):
+        (width,) = _chain(module.layers, (n,), chain, axes)
+        shape = _same(module.out_shape, width == math.prod(module.out_shape))
+    elif kind is ConvEncoder and shape == module.in_shape:
+        shape = _same((module.features,), _chain(module.layers, shape, chain, 1) == (module.features,))
     elif kind is ConvDecoder:
-        _chain(module.first, shape, chain, axes)
-        shape = _chain(module.layers, module.start, chain, 1)
-    elif kind is Double:
+        _same((), _chain(module.first, shape, chain, axes) == (math.prod(module.start),))
+        shape = _same(module.out_shape, _chain(module.layers, module.start, chain, 1) == module.out_shape)
+    elif kind is Double and axes == 1 and type(module.convolution) is nn.ConvTranspose2d:
         shape = _convolution(module.convolution, shape, chain, (module.rows, module.columns))
     elif kind in (nn.Conv2d, nn.ConvTranspose2d) and axes == 1:
         shape = _convolution(module, shape, chain)
-    elif kind is Centred:
+    elif kind is Centred and shape == module.constant.shape:
         chain.append(_Operation(SUBTRACT, n, n, IDENTITY, _Parameter(_address(module.constant))))
         shape = _chain(module.network, shape, chain, axes)
     elif kind is AroundMean:
         shape = _chain(module.network, shape, chain, axes)
-        n = module.constant.numel()
+        n = math.prod(_same(shape, shape == module.constant.shape))
         chain.append(_Operation(ADD, n, n, IDENTITY, _Parameter(_address(module.constant))))
     elif kind is FourierMLP:
         k, count = module.frequency.shape
+        _same((), shape == (k,) and module.phase.shape == (count,))
         constants = _Parameter(_address(module.frequency)), _Parameter(_address(module.phase))
         chain.append(_Operation(WAVES, k, k + count, IDENTITY, *constants))
         shape = _chain(module.network, (k + count,), chain, axes)
-    elif kind in (nn.Linear, ExactLinear) and len(shape) == 1:
-        shape = (module.out_features,)
-        chain.append(_Operation(LINEAR if kind is nn.Linear else EXACT, n, *shape, IDENTITY, *_own(module)))
+    elif kind in (nn.Linear, ExactLinear) and shape == module.weight.shape[1:]:
+        shape = tuple(module.weight.shape[:1])
+        chain.append(_Operation(LINEAR if kind is nn.Linear else EXACT, n, *shape, IDENTITY, *_own(module, shape)))
     elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (axes, -1):
         shape = (n,)
     elif kind is nn.Unflatten and module.dim == -1:
-        shape = (*shape[:-1], *module.unflattened_size)
+        sizes = tuple(module.unflattened_size)
+        shape = _same((*shape[:-1], *sizes), math.prod(sizes) == shape[-1] and min(sizes) > 0)
     elif kind is not nn.Identity:
+        raise _Unknown
+    return shape
+
+
+def _same(shape: tuple[int, ...], is_so: bool) -> tuple[int, ...]:
+    """A shape, where torch would not object. Raises _Unknown."""
+    if not is_so:
         raise _Unknown
     return shape
 
@@ -293,25 +308,21 @@ def _convolution(
     layer: Convolution, shape: tuple[int, ...], chain: list[_Operation], cropped: tuple[int, int] | None = None
 ) -> tuple[int, ...]:
     """The same for a convolution, of whose sides the last numbers may be cut off."""
-    if len(shape) != 3 or shape[0] != layer.in_channels or not fits(layer):
-        raise _Unknown
+    _same(shape, len(shape) == 3 and shape[0] == layer.in_channels and fits(layer))
     sides = made(layer, shape[1:])
-    if cropped and any(few > all_ for few, all_ in zip(cropped, sides, strict=True)):
-        raise _Unknown
-    sides = cropped or sides
-    if min(sides) < 1:
-        raise _Unknown
+    _same(shape, cropped is None or all(few <= all_ for few, all_ in zip(cropped, sides, strict=True)))
+    sides = _same(cropped or sides, min(cropped or sides) > 0)
     given, outputs = math.prod(shape), layer.out_channels * math.prod(sides)
-    operation = _Operation(
-        UP if isinstance(layer, nn.ConvTranspose2d) else DOWN, given, outputs, IDENTITY, *_own(layer)
-    )
+    kind = UP if isinstance(layer, nn.ConvTranspose2d) else DOWN
+    operation = _Operation(kind, given, outputs, IDENTITY, *_own(layer, (layer.out_channels,)))
     operation.shape[:] = shape_of(layer, 0, shape[1:], sides)
     chain.append(operation)
     return (layer.out_channels, *sides)
 
 
-def _own(layer: Any) -> list[_Parameter]:
-    """Weights and biases."""
+def _own(layer: Any, outputs: tuple[int, ...]) -> list[_Parameter]:
+    """Weights and biases, of which there is one for each of the outputs."""
+    _same(outputs, layer.bias is None or layer.bias.shape == outputs)
     return [
         _Parameter() if p is None else _Parameter(_address(p), _address(p.grad) if p.requires_grad else None)
         for p in (layer.weight, layer.bias)
