@@ -232,7 +232,7 @@ def mnist_2d(
     activation: str = "silu",
     start: str = "mean",
     beta: float = 1.0,
-    epochs: int = 9,
+    epochs: int = 10,
     batch_size: int = 200,
     k: int = 1,
     optimiser: str = "nadam",
