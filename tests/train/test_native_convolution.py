@@ -109,6 +109,24 @@ def test_weights_that_were_cut_are_torchs(kernels):
         assert layers.accelerated_layers(layer) == []
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("side, stride", [(1, 2), (2, 3), (8, 16), (8, 20)])
+def test_a_single_place_has_the_weights_gradient_of_float32(no_kernels, own, side, stride):
+    """torch 2.13's own, in bfloat16, is memory that nobody wrote to."""
+    if not own:
+        no_kernels()
+    layer, x = make(9, 16, 32, (side, side), 3, stride, 1)
+    for fill in (float("nan"), 7.0, 0.0):
+        wanted = gradients(layer, x, torch.ones_like(layer(x)), own=False)[2]
+        used = [torch.full((n,), fill) for n in (400, 720, 1000, 4608, 9216)]
+        del used  # what the kernel would find
+        with layers.accelerated(layer), torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        layer.zero_grad()
+        y.float().sum().backward()
+        assert (layer.weight.grad - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_numbers_are_rounded_to_bfloat16(kernels):
     layer, x = make(*SHAPES[1])
     fine = x + 1e-3 * torch.randn_like(x)

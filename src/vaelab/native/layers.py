@@ -20,16 +20,22 @@ def accelerated_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def accelerated(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers and convolutions multiply bfloat16 numbers in vaelab's own kernels: float32 in, float32 out."""
+    """Inside, linear layers and convolutions multiply bfloat16 numbers in vaelab's own kernels: float32 in, float32 out.
+
+    Convolutions that do not may be torch's in bfloat16, and are kept from a fault of those, see `_guarded`.
+    """
     chosen = [m for m in model.modules() if type(m) in FORWARDS and fits(m) and "forward" not in vars(m)]
     if library() is None:
         chosen = []
     for layer in chosen:
         layer.forward = Own(FORWARDS[type(layer)], layer)  # type: ignore[method-assign]
+    guarded = [m for m in model.modules() if type(m) is nn.Conv2d and "forward" not in vars(m)]
+    for layer in guarded:
+        layer.forward = partial(_guarded, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in chosen:
+        for layer in (*chosen, *guarded):
             del layer.forward
 
 
@@ -61,6 +67,17 @@ def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight, layer.bias)  # which answers, or says what is wrong
     # converted here, where autograd sees it
     return _Linear.apply(x.contiguous().float(), layer.weight, layer.bias)  # type: ignore[no-any-return]
+
+
+def _guarded(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Where the output has a single place, in float32: there torch 2.13's CPU kernel gives gradients of bfloat16 weights that are
+    memory which nobody wrote to (strides of 2, 3, 16 and 20 over images of 1, 2, 8 and 20 a side)."""
+    y = nn.Conv2d.forward(layer, x)
+    if y.dtype != torch.bfloat16 or y.device.type != "cpu" or y.shape[-2:].numel() != 1:
+        return y
+    with torch.autocast("cpu", enabled=False):
+        bias = None if layer.bias is None else layer.bias.float()
+        return layer._conv_forward(x.float(), layer.weight.float(), bias)
 
 
 FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
