@@ -158,27 +158,12 @@ static void collect(const Windows *v, const int *from, const int *at, long t, bf
 /* 32 rows of A by 32 windows from t, the planes of whose pairs are `next` numbers apart. */
 static inline void block_of_planes(const bf16 *rows, const int *from, const int *at, long next, long k, float *c, long width) {
 #if TILES
-    SETTLE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    begin_block();
     for (long i = 0; i < k; i += 32) {
         const int *first = from + at[i / 2];
-        _tile_loadd(4, rows + i, k * 2);
-        _tile_loadd(5, rows + 16 * k + i, k * 2);
-        _tile_loadd(6, first, next * 4);
-        _tile_loadd(7, first + HALF, next * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        add_to_block(rows + i, rows + 16 * k + i, k * 2, first, first + HALF, next * 4);
     }
-    _tile_stored(0, c, width * 4);
-    _tile_stored(1, c + 16, width * 4);
-    _tile_stored(2, c + 16 * width, width * 4);
-    _tile_stored(3, c + 16 * width + 16, width * 4);
-    SETTLE;
+    end_block(c, width);
 #endif
 }
 
@@ -262,27 +247,11 @@ static void collect_rows(const Windows *v, const bf16 *from, long first, long im
 static inline void block_of_rows(const bf16 *one, const bf16 *two, long next, long each, long images, long windows,
                                  const bf16 *left, const bf16 *right, float *c) {
 #if TILES
-    SETTLE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    begin_block();
     for (long m = 0; m < images; m++, one += each, two += each)
-        for (long t = 0; t < windows; t += 32, left += 32 * HALF, right += 32 * HALF) {
-            _tile_loadd(4, one + t, next * 2);
-            _tile_loadd(5, two + t, next * 2);
-            _tile_loadd(6, left, 64);
-            _tile_loadd(7, right, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    _tile_stored(0, c, SIDE * 4);
-    _tile_stored(1, c + 16, SIDE * 4);
-    _tile_stored(2, c + 16 * SIDE, SIDE * 4);
-    _tile_stored(3, c + 16 * SIDE + 16, SIDE * 4);
-    SETTLE;
+        for (long t = 0; t < windows; t += 32, left += 32 * HALF, right += 32 * HALF)
+            add_to_block(one + t, two + t, next * 2, left, right, 64);
+    end_block(c, SIDE);
 #endif
 }
 

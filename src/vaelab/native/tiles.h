@@ -115,31 +115,42 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Nor does gcc know what the loads and stores of tiles read and write. */
 #define SETTLE __asm__ volatile("" ::: "memory")
 
-static inline void block(Rows a, Panels b, long k, int parts, float *c, long width) {
+/* A block of sums in four tiles: from zero, += 32 rows of A and 32 columns of B of depth 32, to its place. `one` and `two` are the
+   first of 16 rows each, `left` and `right` of 16 rows of pairs; steps are bytes from row to row. */
+static inline void begin_block(void) {
     SETTLE;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int size = parts - 1; size >= 0; size--) /* the smallest products first */
-        for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= size; p++) {
-            const bf16 *rows = a.first + p * a.part, *left = b.first + (size - p) * b.part, *right = left + b.next;
-            for (long i = 0; i < k; i += 32) {
-                _tile_loadd(4, rows + i, a.row * 2);
-                _tile_loadd(5, rows + 16 * a.row + i, a.row * 2);
-                _tile_loadd(6, left + i * HALF, 64);
-                _tile_loadd(7, right + i * HALF, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
+}
+static inline void add_to_block(const void *one, const void *two, long step, const void *left, const void *right, long next) {
+    _tile_loadd(4, one, step);
+    _tile_loadd(5, two, step);
+    _tile_loadd(6, left, next);
+    _tile_loadd(7, right, next);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+static inline void end_block(float *c, long width) {
     _tile_stored(0, c, width * 4);
     _tile_stored(1, c + 16, width * 4);
     _tile_stored(2, c + 16 * width, width * 4);
     _tile_stored(3, c + 16 * width + 16, width * 4);
     SETTLE;
+}
+
+static inline void block(Rows a, Panels b, long k, int parts, float *c, long width) {
+    begin_block();
+    for (int size = parts - 1; size >= 0; size--) /* the smallest products first */
+        for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= size; p++) {
+            const bf16 *rows = a.first + p * a.part, *left = b.first + (size - p) * b.part, *right = left + b.next;
+            for (long i = 0; i < k; i += 32)
+                add_to_block(rows + i, rows + 16 * a.row + i, a.row * 2, left + i * HALF, right + i * HALF, 64);
+        }
+    end_block(c, width);
 }
 
 #else
