@@ -24,7 +24,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from ctypes import Structure, byref, c_float, c_long
+from ctypes import Array, Structure, byref, c_float, c_long
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +105,9 @@ class Adam:
             len(self.sizes), byref(constants), clear, torch.get_num_threads(),
         )  # fmt: skip
 
-    def next(self, lr: float, scale: float = 1.0) -> Constants:
-        """Of the next update."""
-        t = self.taken + 1
+    def next(self, lr: float, scale: float = 1.0, after: int = 0) -> Constants:
+        """Of the next update, or of that after some more."""
+        t = self.taken + 1 + after
         of_mean, of_gradient = 1 / (1 - BETA1**t), 0.0
         if self.nesterov:
             of_mean, of_gradient = BETA1 / (1 - BETA1 ** (t + 1)), (1 - BETA1) * of_mean
@@ -279,12 +279,13 @@ class Optimiser:
         if self.averaged is not None:
             self.averaged.lerp_(self.master, 1 - min(self.average, (1 + step) / (10 + step)))
 
-    def ahead(self, step: int) -> tuple[Constants, float] | None:
-        """For a pass that updates the weights itself: with what, and the largest norm of a gradient that is neither clipped nor
-        too large for its square; None where Adam is not all there is to an update."""
+    def ahead(self, step: int, count: int) -> tuple[Array[Constants], float] | None:
+        """For a pass that updates the weights itself, at `count` steps one after the other: with what, and the largest norm of a gradient
+        that is neither clipped nor too large for its square; None where Adam is not all there is to an update."""
         if self.adam.kernels is None or self.muon is not None or self.copies:
             return None
-        return self.adam.next(self._lr(step)), min(self.clip or math.inf, LARGEST)
+        constants = (self.adam.next(self._lr(step + i), after=i) for i in range(count))
+        return (Constants * count)(*constants), min(self.clip or math.inf, LARGEST)
 
     def _norm(self) -> float:
         """Of the whole gradient, whatever the number of threads."""

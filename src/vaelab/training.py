@@ -72,7 +72,7 @@ def fit(
         device: where to train.
         on_progress: called a few times a second.
         on_epoch: called with each epoch's record.
-        stop: asked after each step; a reason ends training with `Interrupted`, the model kept as it is.
+        stop: asked after each step, or after a few that take 20 ms together; a reason ends training with `Interrupted`, the model kept as it is.
         keep: given a snapshot every `keep_every` seconds, and where `stop` ends training.
         keep_every: seconds; with 0 after each step.
         start: the snapshot to go on from, of a training with the same arguments.
@@ -108,16 +108,22 @@ def fit(
         return Snapshot(step, now(), list(history), meter.state(), skipped, optimiser.state(), untrained(model),
                         _generators(device))  # fmt: skip
 
-    def differentiate(x: Tensor, c: Tensor | None, noise: torch.Generator, step: int) -> Pass:
-        """One pass: the parameters hold the gradient of the objective afterwards."""
+    def noise(step: int) -> torch.Generator:
+        return generator.manual_seed(stream_seed(seed, "noise", step))
+
+    def differentiate(batches: Tensor, step: int) -> list[Pass]:
+        """The pass of one batch: the parameters hold the gradient of the objective afterwards. Or those of several, with the
+        updates between them."""
         if whole is not None:
-            return whole(x, noise, step)
+            return whole(batches, noise, step)
+        drawn = noise(step)
+        x = protocol.training_batch(pixels, drawn, batches)
         with precision.autocast(device):
-            trace = model.trace(x, c, k=training.k, generator=noise)
+            trace = model.trace(x, None if labels is None else labels[batches], k=training.k, generator=drawn)
         loss = objective(trace, step).loss
         with adding_gradients():
             loss.backward()
-        return Pass.of(trace, loss)
+        return [Pass.of(trace, loss)]
 
     with _own_generator(seed, device), precision.networks(model):
         optimiser = Optimiser(
@@ -129,36 +135,34 @@ def fit(
                 history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
                 _restore(start, model, optimiser, meter, device)
             own = precision.name == "bfloat16" and device.type == "cpu"
-            whole = (
-                fused(model, objective, pixels.shape[1:], training.batch_size, training.k, optimiser) if own else None
-            )
+            whole = fused(model, objective, pixels, protocol, training.batch_size, training.k, optimiser) if own else None
             buffers = [] if whole else list(model.buffers())  # which a network may change in its forward pass
-            noise = torch.Generator(device)
+            generator = torch.Generator(device)
             pace = Pace(chooses=whole is not None and optimiser.muon is None)
+            most = 1 if whole is None or training.average or not keep_every else whole.most  # steps at once
             kept = began = time.perf_counter()
             while len(history) < training.epochs:
                 epoch = len(history) + 1
                 order = torch.randperm(len(pixels), generator=stream(seed, "order", epoch)).to(device)
                 pace.begin()
-                for batch in order.split(training.batch_size)[step - (epoch - 1) * steps_per_epoch :]:
-                    pace.start()
-                    noise.manual_seed(stream_seed(seed, "noise", step))
-                    x = protocol.training_batch(pixels, noise, batch)
-                    c = None if labels is None else labels[batch]
+                while step < epoch * steps_per_epoch:
+                    at = (step - (epoch - 1) * steps_per_epoch) * training.batch_size
                     before = [buffer.clone() for buffer in buffers]
-                    passed = differentiate(x, c, noise, step)
-                    norm = optimiser.step(step, not math.isfinite(passed.loss), passed.gradient_norm, passed.updated)
-                    if math.isfinite(passed.loss) and math.isfinite(norm):
-                        meter.add(passed, norm, training.clip)
-                    else:
-                        for buffer, old in zip(buffers, before, strict=True):
-                            buffer.copy_(old)  # the model is as it was before the step
-                        if training.on_nonfinite == "stop":
-                            keep(snapshot())
-                            raise _not_finite(step, epoch, passed.loss)
-                        skipped += 1
-                    step += 1
-                    pace.step()
+                    pace.start()
+                    passes = differentiate(order[at : at + pace.ahead(most) * training.batch_size], step)
+                    for passed in passes:
+                        norm = optimiser.step(step, not math.isfinite(passed.loss), passed.gradient_norm, passed.updated)
+                        if math.isfinite(passed.loss) and math.isfinite(norm):
+                            meter.add(passed, norm, training.clip)
+                        else:
+                            for buffer, old in zip(buffers, before, strict=True):
+                                buffer.copy_(old)  # the model is as it was before the step
+                            if training.on_nonfinite == "stop":
+                                keep(snapshot())
+                                raise _not_finite(step, epoch, passed.loss)
+                            skipped += 1
+                        step += 1
+                    pace.step(len(passes))
                     if meter.due():
                         on_progress(meter.progress(epoch, training, step, steps, now(), skipped))
                     if reason := stop():

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+KERNELS = {"grey": 0, "dynamic": 1, "threshold": 2, "static": 2}
+"""What vaelab's kernels make of a byte, as in `native/images.h`; what a network sees is a 255th of it."""
 TEST_DRAW_SEED = 1312_6114
 """Seed of the one draw of the test images: the same for every run, so that runs can be paired."""
 
@@ -111,16 +113,21 @@ def _natively(name: str, pixels: "Tensor", index: "Tensor", generator: "torch.Ge
 
     plain = pixels.device.type == index.device.type == "cpu" and pixels.is_contiguous() and index.is_contiguous()
     plain = plain and pixels.dtype == torch.uint8 and index.dtype == torch.int64 and index.dim() == 1
-    kernels = library() if plain and name in ("grey", "dynamic") else None
+    kernels = library() if plain and name in KERNELS else None
     if kernels is None:
         return None
-    rows, event, threads = len(index), pixels.shape[1:], torch.get_num_threads()
-    out, size = torch.empty((rows, *event), dtype=torch.float32, device="cpu"), event.numel()
-    if name == "grey":
-        kernels.grey(pixels.data_ptr(), index.data_ptr(), out.data_ptr(), rows, size, threads)
-    else:
-        kernels.bits(pixels.data_ptr(), index.data_ptr(), _seed(generator), out.data_ptr(), rows, size, threads)
+    rows, event = len(index), pixels.shape[1:]
+    out = torch.empty((rows, *event), dtype=torch.float32, device="cpu")
+    kernels.batch(
+        pixels.data_ptr(), index.data_ptr(), KERNELS[name], seed_of_bits(name, generator), out.data_ptr(), rows, event.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out
+
+
+def seed_of_bits(name: str, generator: "torch.Generator") -> int:
+    """Of what vaelab's kernels draw for a batch; 0 where they draw nothing."""
+    return _seed(generator) if name == "dynamic" else 0
 
 
 def _bits(pixels: "Tensor", generator: "torch.Generator") -> "Tensor":

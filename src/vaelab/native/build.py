@@ -33,7 +33,8 @@ SOURCES = (
     "start.c",
 )
 HEADERS = (
-    "tiles.h", "rows.h", "functions.h", "activations.h", "linear.h", "exact.h", "convolution.h", "windows.h", "pixels.h", "adam.h"
+    "tiles.h", "rows.h", "functions.h", "activations.h", "linear.h", "exact.h", "convolution.h", "windows.h", "pixels.h", "adam.h",
+    "images.h",
 )  # fmt: skip
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
@@ -49,19 +50,18 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "convolution_weights": (*[_pointer] * 5, _int),
     "convolution_bias": (*[_pointer] * 2, *[_long] * 3, _int),
     "convolution_room": (*[_pointer] * 2,),
-    "grey": (*[_pointer] * 3, *[_long] * 2, _int),
-    "bits": (*[_pointer] * 2, ctypes.c_uint64, _pointer, *[_long] * 2, _int),
+    "batch": (*[_pointer] * 2, _long, ctypes.c_uint64, _pointer, *[_long] * 2, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
     "pack_rows": (*[_pointer] * 2, *[_long] * 2),
     "score_codes": (*[_pointer] * 4, _long, *[_pointer] * 3, _long, _pointer, _int),
     "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
     "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
     "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
-    "elbo_step": (*[_pointer] * 3, *[_long] * 3, _float, _pointer, ctypes.c_double, _int),
+    "elbo_steps": (_pointer, _long, _pointer, *[_long] * 2, *[_pointer] * 4, ctypes.c_double, _pointer, _int),
     "adam": (*[_pointer] * 6, _long, _pointer, _int, _int),
     "squares": (*[_pointer] * 2, *[_long] * 2, _int),
 }
-RESULTS: dict[str, type] = {"squares": ctypes.c_double, "elbo_step": ctypes.c_int}
+RESULTS: dict[str, type] = {"squares": ctypes.c_double, "elbo_steps": _long}
 
 
 class _Unavailable(Exception):

@@ -14,6 +14,7 @@ static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out)
     __mmask16 inside = first16(n - 16 * j);
     for (long i = 0; i < up(m); i += 32) {
         __m512i r[16];
+#pragma GCC unroll 16
         for (long h = 0; h < 16; h++) {
             const float *row = x + (i + 2 * h) * n + 16 * j;
             __m512 a = _mm512_maskz_loadu_ps(i + 2 * h < m ? inside : 0, row);
@@ -21,6 +22,7 @@ static inline void as_16_rows(const float *x, long m, long n, long j, bf16 *out)
             r[h] = pairs(a, b);
         }
         transpose(r);
+#pragma GCC unroll 16
         for (long h = 0; h < 16; h++) _mm512_storeu_si512(out + h * up(m) + i, r[h]);
     }
 }
@@ -46,9 +48,12 @@ static inline void put_transposed(const float *sums, Forward then, long m, long 
             __mmask16 inside = first16(n - column);
             __m512 start = then.start ? _mm512_maskz_loadu_ps(inside, then.start + column) : _mm512_setzero_ps();
             __m512i r[16];
+#pragma GCC unroll 16
             for (int q = 0; q < 16; q++) r[q] = _mm512_load_si512(sums + (h * HALF + q) * SIDE + g * HALF);
             transpose(r);
-            for (long q = 0; q < least(HALF, m - row); q++) {
+#pragma GCC unroll 16
+            for (long q = 0; q < HALF; q++) {
+                if (row + q >= m) break;
                 long at = (row + q) * n + column;
                 __m512 sum = _mm512_add_ps(start, (__m512)r[q]);
                 _mm512_mask_storeu_ps(c + at, inside, activated(then.activation, sum, then.slopes + at, inside));
@@ -64,14 +69,13 @@ static inline void expect(const float *c, long m, long n, long i, long j) {
     }
 }
 
-#define TOGETHER 32 /* rows that are read side by side: what they write to a panel is one piece then */
-
-/* Some rows of x (depth, n) from row i on their way: as rows of A, and as pairs of B, K = depth, where `panels` has room. */
+/* 32 rows of x (depth, n) from row i on their way: as rows of A, and as pairs of B, K = depth, where `panels` has room; what they
+   write to a panel is one piece. */
 static inline void some_rows(const float *x, long depth, long n, long i, bf16 *rows, bf16 *panels) {
     for (long j = 0; j < up(n); j += 32) {
         __mmask16 left = first16(n - j), right = first16(n - j - 16);
         bf16 *to = panels + j / HALF * apart(depth) + i * HALF;
-        for (long h = 0; h < TOGETHER; h += 2) {
+        for (long h = 0; h < SIDE; h += 2) {
             const float *row = x + (i + h) * n + j;
             __mmask16 first = i + h < depth ? 0xffff : 0, second = i + h + 1 < depth ? 0xffff : 0;
             __m512 a = _mm512_maskz_loadu_ps(left & first, row), b = _mm512_maskz_loadu_ps(right & first, row + 16);
@@ -93,6 +97,7 @@ static inline double sixteen_rows(const float *x, long m, long k, long i, bf16 *
     for (long j = 0; j < up(k); j += 32) {
         __m512i r[16];
         __mmask16 left = first16(k - j), right = first16(k - j - 16);
+#pragma GCC unroll 8
         for (long h = 0; h < 16; h += 2) {
             const float *row = x + (i + h) * k + j;
             __mmask16 first = i + h < m ? 0xffff : 0, second = i + h + 1 < m ? 0xffff : 0;
@@ -109,46 +114,73 @@ static inline double sixteen_rows(const float *x, long m, long k, long i, bf16 *
             }
         }
         transpose(r);
+#pragma GCC unroll 16
         for (int h = 0; h < 16; h++) _mm512_storeu_si512(columns + j * HALF + h * 32, r[h]);
     }
     return _mm512_reduce_add_ps(squares);
 }
 
-void linear_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, Kept kept,
-                           double *size, bf16 *scratch, bf16 *alone) {
-    long depth = up(k);
-    float sums[SIDE * SIDE] __attribute__((aligned(64)));
+void linear_read_shared(const float *x, long m, long k, bf16 *columns, bf16 *inputs, double *size) {
     double squares = 0;
-    begin_tiles();
 #pragma omp for schedule(static)
-    for (long j = 0; j < up(m); j += HALF) squares += sixteen_rows(x, m, k, j, scratch + j * depth, kept.inputs);
-#pragma omp for schedule(static)
-    for (long t = 0; t < up(n); t += SIDE) {
-        for (long i = 0; i < SIDE; i += TOGETHER) some_rows(w, n, k, t + i, alone + i * depth, kept.weights);
-        for (long i = 0; i < m; i += SIDE) {
-            block((Rows){alone, depth, 0}, (Panels){scratch + i * depth, HALF * depth, 0, COARSE}, depth, COARSE, sums, SIDE);
-            put_transposed(sums, then, m, n, i, t, y);
-        }
-    }
-    end_tiles();
+    for (long j = 0; j < up(m); j += HALF) squares += sixteen_rows(x, m, k, j, columns + j * up(k), inputs);
     if (size) {
 #pragma omp atomic
         *size += squares;
     }
 }
 
-void linear_input_shared(const float *dy, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size,
-                         bf16 *scratch) {
+/* Strips of 32 of n numbers: those from the first to the last of a thread. The last one may be half, and is of the last thread. */
+static inline void strips_of(long n, long *first, long *last) {
+    long strips = up(n) / SIDE, threads = omp_get_num_threads(), me = omp_get_thread_num();
+    *first = strips * me / threads;
+    *last = strips * (me + 1) / threads;
+}
+
+void linear_forward_shared(const bf16 *columns, const float *w, Forward then, const Pixels *pixels, float *y, double *slope, long m, long n, long k,
+                           bf16 *weights, bf16 *alone) {
+    long depth = up(k), first, last;
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
     begin_tiles();
+    strips_of(n, &first, &last);
+    for (long t = first * SIDE; t < last * SIDE; t += SIDE) {
+        __m512 totals[SIDE];
+        for (long i = 0; i < SIDE; i++) totals[i] = _mm512_setzero_ps();
+        some_rows(w, n, k, t, alone, weights);
+        for (long i = 0; i < m; i += SIDE) {
+            block((Rows){alone, depth, 0}, (Panels){columns + i * depth, HALF * depth, 0, COARSE}, depth, COARSE, sums, SIDE);
+            if (pixels)
+                squares += score_block(sums, then.start, pixels, m, n, i, t, totals);
+            else
+                put_transposed(sums, then, m, n, i, t, y);
+        }
+        if (pixels)
+            for (long i = 0; i < SIDE; i++) pixels->sums[t + i] = _mm512_reduce_add_ps(totals[i]);
+    }
+    end_tiles();
+    if (slope) {
+#pragma omp atomic
+        *slope += squares;
+    }
+#pragma omp barrier
+}
+
+void linear_turn_shared(const float *dy, long m, long n, bf16 *rows) {
 #pragma omp for schedule(static)
-    for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, scratch, COARSE, 0);
-#pragma omp for schedule(static) nowait
-    for (long j = 0; j < up(k); j += SIDE)
+    for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, rows, COARSE, 0);
+}
+
+void linear_input_shared(const bf16 *rows, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size) {
+    float sums[SIDE * SIDE] __attribute__((aligned(64)));
+    double squares = 0;
+    long first, last;
+    begin_tiles();
+    strips_of(k, &first, &last);
+    for (long j = first * SIDE; j < last * SIDE; j += SIDE)
         for (long i = 0; i < m; i += SIDE) {
             Panels b = {weights + j / HALF * apart(n), apart(n), 0, COARSE};
-            block((Rows){scratch + i * up(n), up(n), 0}, b, up(n), COARSE, sums, SIDE);
+            block((Rows){rows + i * up(n), up(n), 0}, b, up(n), COARSE, sums, SIDE);
             squares += put(sums, 0, gate, m, k, i, j, dx);
         }
     end_tiles();
@@ -159,30 +191,34 @@ void linear_input_shared(const float *dy, const bf16 *weights, Gate gate, float 
 #pragma omp barrier
 }
 
-double linear_rows(const float *dy, const bf16 *inputs, float *dw, float *db, long m, long n, long k, long t, int add,
-                   bf16 *alone) {
+void linear_across(const float *dy, long m, long n, long t, bf16 *across) {
+    for (int h = 0; h < 2; h++) as_16_rows(dy, m, n, 2 * t + h, across + h * HALF * up(m));
+}
+
+double linear_rows(const bf16 *across, const bf16 *inputs, float *dw, long m, long n, long k, long t, int add) {
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double total = 0;
-    if (dw) {
-        long rows = least(SIDE, n - t * SIDE);
-        for (int h = 0; h < 2; h++) as_16_rows(dy, m, n, 2 * t + h, alone + h * HALF * up(m));
-        expect(dw, rows, k, 0, 0);
-        for (long j = 0; j < up(k); j += SIDE) {
-            if (j + SIDE < k) expect(dw, rows, k, 0, j + SIDE);
-            Panels b = {inputs + j / HALF * apart(m), apart(m), 0, COARSE};
-            block((Rows){alone, up(m), 0}, b, up(m), COARSE, sums, SIDE);
-            total += put(sums, add, (Gate){IDENTITY, 0}, rows, k, 0, j, dw);
-        }
+    long rows = least(SIDE, n - t * SIDE);
+    expect(dw, rows, k, 0, 0);
+    for (long j = 0; j < up(k); j += SIDE) {
+        if (j + SIDE < k) expect(dw, rows, k, 0, j + SIDE);
+        Panels b = {inputs + j / HALF * apart(m), apart(m), 0, COARSE};
+        block((Rows){across, up(m), 0}, b, up(m), COARSE, sums, SIDE);
+        total += put(sums, add, (Gate){IDENTITY, 0}, rows, k, 0, j, dw);
     }
-    if (db)
-        for (long h = 0; h < SIDE; h += HALF) {
-            __mmask16 inside = first16(n - t * SIDE - h);
-            const float *from = dy + t * SIDE + h;
-            __m512 sum = add ? _mm512_maskz_loadu_ps(inside, db + h) : _mm512_setzero_ps();
-            for (long i = 0; i < m; i++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, from + i * n));
-            _mm512_mask_storeu_ps(db + h, inside, sum);
-            total += _mm512_reduce_add_ps(_mm512_mul_ps(sum, sum));
-        }
+    return total;
+}
+
+double linear_bias(const float *dy, float *db, long m, long n, long t, int add) {
+    double total = 0;
+    for (long h = 0; h < SIDE; h += HALF) {
+        __mmask16 inside = first16(n - t * SIDE - h);
+        const float *from = dy + t * SIDE + h;
+        __m512 sum = add ? _mm512_maskz_loadu_ps(inside, db + h) : _mm512_setzero_ps();
+        for (long i = 0; i < m; i++) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, from + i * n));
+        _mm512_mask_storeu_ps(db + h, inside, sum);
+        total += _mm512_reduce_add_ps(_mm512_mul_ps(sum, sum));
+    }
     return total;
 }
 
@@ -191,7 +227,8 @@ void linear_forward(const float *x, const float *w, const float *b, float *y, lo
     {
         unsigned control = begin_flushing();
         bf16 *alone = scratch + up(m) * up(k) + omp_get_thread_num() * SIDE * up(k);
-        linear_forward_shared(x, w, (Forward){b, IDENTITY, 0}, y, m, n, k, (Kept){0, 0}, 0, scratch, alone);
+        linear_read_shared(x, m, k, scratch, 0, 0);
+        linear_forward_shared(scratch, w, (Forward){b, IDENTITY, 0}, 0, y, 0, m, n, k, 0, alone);
         end_flushing(control);
     }
 }
@@ -211,11 +248,19 @@ void linear_backward(const float *x, const float *w, const float *dy, float *dw,
             if (dw) as_panels(x, m, k, begin, end, inputs);
             if (dx) as_panels(w, n, k, begin, end, weights);
         }
-        if (dx) linear_input_shared(dy, weights, (Gate){IDENTITY, 0}, dx, m, n, k, 0, across);
+        if (dx) {
+            linear_turn_shared(dy, m, n, across);
+            linear_input_shared(across, weights, (Gate){IDENTITY, 0}, dx, m, n, k, 0);
+        }
         begin_tiles();
 #pragma omp for schedule(static)
-        for (long t = 0; t < up(n) / SIDE; t++)
-            linear_rows(dy, inputs, dw ? dw + t * SIDE * k : 0, db ? db + t * SIDE : 0, m, n, k, t, 1, alone);
+        for (long t = 0; t < up(n) / SIDE; t++) {
+            if (dw) {
+                linear_across(dy, m, n, t, alone);
+                linear_rows(alone, inputs, dw + t * SIDE * k, m, n, k, t, 1);
+            }
+            if (db) linear_bias(dy, db + t * SIDE, m, n, t, 1);
+        }
         end_tiles();
         end_flushing(control);
     }

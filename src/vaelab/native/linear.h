@@ -1,18 +1,12 @@
 /* The products of a linear layer, of bfloat16 numbers with float32 sums. x (m, k), w (n, k), b (n), y and its gradient dy (m, n),
-   all float32 by rows.
-
-   All threads of a parallel region call the first two together, and none goes on before all are done. Scratch, in bfloat16
-   numbers:
-
-                       of all threads     of each alone
-       forward         up(m) up(k)        32 up(k)
-       input           up(m) up(n)
-       rows                               32 up(m) */
+   all float32 by rows. Those that end in `shared` are called together by all threads of a parallel region, and none goes on before
+   all are done; sums of squares are added where there is room for them, in any order. */
 
 #ifndef LINEAR_H
 #define LINEAR_H
 
 #include "activations.h"
+#include "pixels.h"
 
 /* From a kept panel of depth K to the next: not a power of two, whose lines would all fall into the same few of a cache. */
 static inline long apart(long k) { return HALF * up(k) + SIDE; }
@@ -23,17 +17,24 @@ typedef struct {
     bf16 *inputs, *weights;
 } Kept;
 
-/* y = x w', and what follows. Adds the sum of the squares of x to *size, if there is one, in any order. */
-void linear_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, Kept kept,
-                           double *size, bf16 *scratch, bf16 *alone);
+/* x as columns of B (up(m) up(k) numbers), and as it is kept. Adds the squares of x to *size. */
+void linear_read_shared(const float *x, long m, long k, bf16 *columns, bf16 *inputs, double *size);
 
-/* dx = dy w through the gate, w as kept. Adds the sum of the squares of dx to *size, as above. */
-void linear_input_shared(const float *dy, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size,
-                         bf16 *scratch);
+/* y = x w', and what follows; or the score of the pixels whose logits that is, and then *slope is what is added to, the squares of the logits'
+   gradient. `alone` is each thread's own, 32 up(k) numbers. */
+void linear_forward_shared(const bf16 *columns, const float *w, Forward then, const Pixels *pixels, float *y, double *slope, long m, long n,
+                           long k, bf16 *weights, bf16 *alone);
 
-/* The 32 rows of dw = dy' x from row 32 t, or += where `add`, x as kept: dw has their place, or is null. db likewise, the sums of
-   dy over rows. Of one thread; returns the sum of the squares of both. */
-double linear_rows(const float *dy, const bf16 *inputs, float *dw, float *db, long m, long n, long k, long t, int add,
-                   bf16 *alone);
+/* dy as rows of A, (up(m), up(n)). */
+void linear_turn_shared(const float *dy, long m, long n, bf16 *rows);
+
+/* dx = dy w through the gate, w as kept. Adds the squares of dx to *size. */
+void linear_input_shared(const bf16 *rows, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size);
+
+/* Of one thread: the 32 columns of dy from column 32 t as rows of A (32, up(m)); with them the 32 rows of dw = dy' x from row 32 t, or +=
+   where `add`, x as kept, and dw where they begin; db likewise, the sums of dy over rows. The last two return the sums of their squares. */
+void linear_across(const float *dy, long m, long n, long t, bf16 *across);
+double linear_rows(const bf16 *across, const bf16 *inputs, float *dw, long m, long n, long k, long t, int add);
+double linear_bias(const float *dy, float *db, long m, long n, long t, int add);
 
 #endif

@@ -21,6 +21,8 @@ EVERY, SHARE = 1.0, 0.05
 """Seconds after which the other number is tried again, and the part of the time that trials may take: steps may be long."""
 GIVEN_UP = 3.0
 """A step that takes so many times what the number in use takes ends a trial."""
+AT_ONCE = 0.02
+"""Seconds that steps which are one call may take, since nothing can stop them."""
 CLEARLY, ENOUGH = 1.3, 3
 """So does the median of that many steps that take so many times as long."""
 
@@ -45,12 +47,18 @@ class Pace:
         """A step begins."""
         self.last = time.perf_counter()
 
-    def step(self) -> None:
-        """It has ended."""
+    def ahead(self, most: int) -> int:
+        """How many steps may be made at once: as many as take `AT_ONCE` seconds, and one while they are timed."""
+        if self.trying or len(self.times) < WARMING:
+            return 1
+        return max(1, min(most, int(AT_ONCE / max(self.times[-1], 1e-9))))
+
+    def step(self, count: int = 1) -> None:
+        """It has ended, or so many have."""
+        now = time.perf_counter()
+        self.times.extend(count * [(now - self.last) / count])
         if not self.chooses:
             return
-        now = time.perf_counter()
-        self.times.append(now - self.last)
         measured = len(self.times) >= WARMING + TRIED
         if self.trying and self.typical is not None:
             if self._slower():

@@ -26,6 +26,18 @@ void bernoulli_shared(const float *logits, const float *x, float *log_p, float *
 #pragma omp barrier
 }
 
+void scores_shared(const Pixels *p, float *log_p, long m, long n) {
+    long strips = up(n) / SIDE, last = (strips - 1) * up(m);
+#pragma omp for schedule(static)
+    for (long r = 0; r < m; r++) {
+        double sum = 0;
+        for (long at = r; at <= last + r; at += 2 * up(m)) /* products of up to 64 factors */
+            sum += at < last ? (double)p->linear[at] + p->linear[at + up(m)] - logf(p->product[at] * p->product[at + up(m)])
+                             : (double)p->linear[at] - logf(p->product[at]);
+        log_p[r] = (float)sum;
+    }
+}
+
 void bernoulli(const float *logits, const float *x, float *log_p, float *residual, long rows, long images, long pixels,
                int threads) {
 #pragma omp parallel num_threads(threads)

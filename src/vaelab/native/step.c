@@ -39,8 +39,10 @@ typedef struct {
     Shape shape;
 } Operation;
 
-/* What a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate, of distortion and
-   of the squares of the gradient, whose parts are `blocks`; scratch of all threads, and `each` numbers of each. */
+/* Images, and what a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate, of distortion and
+   of the squares of the gradient, whose parts are `blocks`; scratch of all threads, and `each` numbers of each. Where the first
+   operation is LINEAR it reads the images as they are taken, less `taken.minus`; where the last is, and `pixels.rows` is room for what
+   it leaves, the pixels are scored as it gives them. `taken.x` has room where anything else reads images. */
 typedef struct {
     Operation *encoder, *decoder;
     long encoders, decoders, dim;
@@ -49,6 +51,10 @@ typedef struct {
     long blocks;
     bf16 *scratch, *alone;
     long each;
+    Source source;
+    long pixels_of_image;
+    Taken taken;
+    Pixels pixels;
 } Plan;
 
 static int convolves(const Operation *o) { return o->kind == DOWN || o->kind == UP; }
@@ -136,13 +142,20 @@ static void measure(const float *x, long rows, long n, double *size) {
     *size += sum;
 }
 
+/* Whether an operation reads images as they are taken, and scores pixels as it gives them. */
+static int takes(const Operation *o, const Plan *p) { return o == p->encoder && p->taken.columns; }
+static int scores(const Operation *o, const Plan *p) { return o == p->decoder + p->decoders - 1 && p->pixels.rows; }
+
 static const float *forward(Operation *o, long count, const float *x, long m, const Plan *p, bf16 *alone) {
     for (; count--; x = o++->value) {
         Forward then = {o->b.at, o->activation, o->slopes};
         Shape shape = of_images(o, m);
-        if (o->kind == LINEAR)
-            linear_forward_shared(x, o->w.at, then, o->value, m, o->outputs, o->inputs, o->kept, &o->size, p->scratch, alone);
-        else if (o->kind == EXACT)
+        const Pixels *pixels = scores(o, p) ? &p->pixels : 0;
+        if (o->kind == LINEAR) {
+            if (!takes(o, p)) linear_read_shared(x, m, o->inputs, p->scratch, o->kept.inputs, &o->size);
+            linear_forward_shared(p->scratch, o->w.at, then, pixels, o->value, pixels ? &o->slope : 0, m, o->outputs, o->inputs,
+                                  o->kept.weights, alone);
+        } else if (o->kind == EXACT)
             exact_forward_shared(x, o->w.at, then, o->value, m, o->outputs, o->inputs, (float *)alone);
         else if (convolves(o))
             convolution_shared(&shape, o->kind == UP, x, o->w.at, then, (Gate){IDENTITY, 0}, o->value, &o->size, 0, p->scratch,
@@ -166,9 +179,11 @@ static void backward(Operation *first, long count, const float *x, float *dx, lo
         if (gate.activation != IDENTITY) gate.from = gate.activation == SILU ? o[-1].slopes : input;
         Shape shape = of_images(o, m);
         if (!to) return;
-        if (o->kind == LINEAR)
-            linear_input_shared(o->gradient, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope, p->scratch);
-        else if (o->kind == EXACT)
+        if (o->kind == LINEAR) {
+            const bf16 *rows = scores(o, p) ? p->pixels.rows : p->scratch;
+            if (!scores(o, p)) linear_turn_shared(o->gradient, m, o->outputs, p->scratch);
+            linear_input_shared(rows, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope);
+        } else if (o->kind == EXACT)
             exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope);
         else if (convolves(o))
             convolution_shared(&shape, o->kind == DOWN, o->gradient, o->w.at, (Forward){0, IDENTITY, 0}, gate, to, 0, slope,
@@ -201,10 +216,18 @@ static void kernels(const Operation *o, const float *x, long m, const Adam *adam
     if (b->gradient) adam_run(adam, b->multiple, b->gradient, b->at, b->mean, b->square, channels);
 }
 
+/* Some numbers to their place; returns the sum of their squares. */
+static double copy(const float *from, float *to, long n) {
+    double squares = 0;
+    for (long i = 0; i < n; i++) squares += (double)(to[i] = from[i]) * to[i];
+    return squares;
+}
+
 /* The gradients of weights and biases, some rows at a time, or, where Adam is given, their update: then a gradient stays near the
    core, and 3 numbers a weight are read and written instead of 5. */
 static void parameters(Operation *first, long count, const float *x, long m, const Adam *adam, const Plan *p, bf16 *alone) {
     float *own = (float *)(alone + SIDE * up(m)), own_b[SIDE];
+    bf16 *across = alone;
     int turn = 0;
     begin_tiles();
     for (Operation *o = first + count - 1; o >= first; o--) {
@@ -223,8 +246,16 @@ static void parameters(Operation *first, long count, const float *x, long m, con
             long rows = least(step, n - t * step), at = t * step;
             float *dw = !o->w.gradient ? 0 : adam ? own : o->w.gradient + at * k;
             float *db = !o->b.gradient ? 0 : adam ? own_b : o->b.gradient + at;
-            o->squares[t] = o->kind == EXACT ? exact_rows(o->gradient, input, dw, db, m, n, k, t)
-                                             : linear_rows(o->gradient, o->kept.inputs, dw, db, m, n, k, t, 0, alone);
+            if (o->kind == EXACT)
+                o->squares[t] = exact_rows(o->gradient, input, dw, db, m, n, k, t);
+            else if (scores(o, p))
+                o->squares[t] = (dw ? linear_rows(p->pixels.across + at * up(m), o->kept.inputs, dw, m, n, k, t, 0) : 0) +
+                                (db ? copy(p->pixels.sums + at, db, rows) : 0);
+            else {
+                if (dw) linear_across(o->gradient, m, n, t, across);
+                o->squares[t] = (dw ? linear_rows(across, o->kept.inputs, dw, m, n, k, t, 0) : 0) +
+                                (db ? linear_bias(o->gradient, db, m, n, t, 0) : 0);
+            }
             if (adam && dw)
                 adam_run(adam, o->w.multiple, dw, o->w.at + at * k, o->w.mean + at * k, o->w.square + at * k, rows * k);
             if (adam && db) adam_run(adam, o->b.multiple, db, o->b.at + at, o->b.mean + at, o->b.square + at, rows);
@@ -308,23 +339,30 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
     *size += sum;
 }
 
-/* x (images, pixels), noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam is given, the
-   value is finite and the gradient's norm is surely no larger than `most`, updates the weights instead, and returns 1. */
-int elbo_step(const Plan *p, const float *x, const float *noise, long images, long pixels, long k, float beta, const Adam *adam,
+/* One of them: images `index` of the source, noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam is given,
+   the value is finite and the gradient's norm is surely no larger than `most`, updates the weights instead, and returns 1. */
+static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noise, long images, long k, float beta, const Adam *adam,
               double most, int threads) {
     Operation *last = p->encoder + p->encoders - 1, *pixel = p->decoder + p->decoders - 1;
+    const float *x = p->taken.x;
     int update = 0;
     for (Operation *o = p->encoder; o <= last; o++) o->size = o->slope = 0;
     for (Operation *o = p->decoder; o <= pixel; o++) o->size = o->slope = 0;
+    p->source.index = index;
+    p->source.seed = seed;
+    p->pixels.scale = -1.0f / (float)(k * images);
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
         bf16 *alone = p->alone + omp_get_thread_num() * p->each;
+        take_shared(p->source, images, p->pixels_of_image, p->taken, &p->encoder->size, alone);
         const float *moments = forward(p->encoder, p->encoders, x, images, p, alone);
         draw(p, moments, noise, images, k);
         const float *logits = forward(p->decoder, p->decoders, p->code, k * images, p, alone);
-        bernoulli_shared(logits, x, p->log_px, pixel->gradient, -1.0f / (float)(k * images), &pixel->slope, k * images, images,
-                         pixels);
+        if (p->pixels.rows)
+            scores_shared(&p->pixels, p->log_px, k * images, pixel->outputs);
+        else
+            bernoulli_shared(logits, x, p->log_px, pixel->gradient, p->pixels.scale, &pixel->slope, k * images, images, pixel->outputs);
         backward(p->decoder, p->decoders, p->code, p->code_gradient, k * images, p, alone);
         draw_backward(p, moments, noise, beta / (float)images, images, k, last->gradient, &last->slope);
 #pragma omp barrier
@@ -346,4 +384,20 @@ int elbo_step(const Plan *p, const float *x, const float *noise, long images, lo
         end_flushing(control);
     }
     return update;
+}
+
+/* Steps one after the other, of `batch` images each and fewer in the last, with the constants of each, until one has not updated the
+   weights: what follows that is not known here. Fills (steps, 4): sums as in the plan, and whether the weights were updated. Returns
+   how many there were. */
+long elbo_steps(Plan *p, long steps, const long *index, long images, long batch, const uint64_t *seeds, const float *noise,
+                const float *beta, const Adam *adam, double most, double *told, int threads) {
+    for (long s = 0; s < steps; s++, told += 4) {
+        p->sums = told;
+        long here = least(batch, images - s * batch);
+        int updated = elbo_step(p, index + s * batch, seeds[s], noise + s * p->taken.k * batch * p->dim, here, p->taken.k, beta[s],
+                                adam ? adam + s : 0, most, threads);
+        told[3] = updated;
+        if (!updated) return s + 1;
+    }
+    return steps;
 }

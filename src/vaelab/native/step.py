@@ -8,13 +8,14 @@ autograd, layer by layer (`layers.py`); the results are the same (tests/train/te
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vaelab.data.protocol import KERNELS, Protocol, seed_of_bits
 from vaelab.likelihoods import Bernoulli, GreyCrossEntropy
 from vaelab.meter import Pass
 from vaelab.models.vae import VAE
@@ -40,6 +41,10 @@ IDENTITY, RELU, SILU = range(3)
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: RELU, nn.SiLU: SILU}
 
 
+AHEAD, NOISE = 8, 2**18
+"""Steps that are one call, at most, and numbers of noise that are drawn for them."""
+
+
 class _Unknown(Exception):
     """A module that `step.c` has no operation for."""
 
@@ -61,6 +66,26 @@ class _Operation(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Source(ctypes.Structure):
+    _fields_ = (
+        ("bytes", ctypes.c_void_p), ("index", ctypes.c_void_p), ("kind", ctypes.c_long), ("seed", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+class _Taken(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("across", ctypes.c_void_p), ("k", ctypes.c_long), ("width", ctypes.c_long),
+        *((name, ctypes.c_void_p) for name in ("minus", "columns", "inputs")),
+    )  # fmt: skip
+
+
+class _Pixels(ctypes.Structure):
+    _fields_ = (
+        ("levels", ctypes.c_void_p), ("width", ctypes.c_long), ("plus", ctypes.c_void_p), ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("linear", "product", "rows", "across", "sums")),
+    )  # fmt: skip
+
+
 class _Plan(ctypes.Structure):
     _fields_ = (
         ("encoder", ctypes.POINTER(_Operation)), ("decoder", ctypes.POINTER(_Operation)),
@@ -68,18 +93,20 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in
           ("code", "code_gradient", "log_px", "rate", "sums", "squares")),
         ("blocks", ctypes.c_long), ("scratch", ctypes.c_void_p), ("alone", ctypes.c_void_p), ("each", ctypes.c_long),
+        ("source", _Source), ("pixels_of_image", ctypes.c_long), ("taken", _Taken), ("pixels", _Pixels),
     )  # fmt: skip
 
 
 def fused(
-    model: VAE, objective: Objective, shape: Sequence[int], batch: int, k: int, optimiser: Optimiser | None = None
+    model: VAE, objective: Objective, images: Tensor, protocol: Protocol, batch: int, k: int, optimiser: Optimiser | None = None
 ) -> "Fused | None":
     """The pass of a model whose parameters have their .grad (`vaelab.optim`), None where `step.c` does not have it.
 
     Args:
         model: in bfloat16 training on a CPU; its parameters must keep their places in memory.
         objective: what is differentiated.
-        shape: of an image.
+        images: of the data set, bytes (N, *X).
+        protocol: how they become what the model sees.
         batch: images at most.
         k: samples of the posterior for each image.
         optimiser: of the model, where a pass may make its update too.
@@ -101,21 +128,24 @@ def fused(
         )
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     )
+    shape = tuple(images.shape[1:])
     if not composed or not isinstance(objective, ELBO) or library() is None:
+        return None
+    if protocol.name not in KERNELS or not images.is_contiguous() or images.dtype != torch.uint8:
         return None
     try:
         encoder: list[_Operation] = []
         decoder: list[_Operation] = []
-        _chain(parts.posterior.head, _chain(parts.encoder, tuple(shape), encoder, 1), encoder, 1)
+        _chain(parts.posterior.head, _chain(parts.encoder, shape, encoder, 1), encoder, 1)
         # the axes of samples and of images
-        _same((), _chain(parts.likelihood.decoder, (model.latent_dim,), decoder, 2) == tuple(shape))
+        _same((), _chain(parts.likelihood.decoder, (model.latent_dim,), decoder, 2) == shape)
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
         own = [p.gradient for o in (*encoder, *decoder) for p in (o.w, o.b) if p.gradient]
         if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
             return None
         if not encoder or not decoder:
             return None
-        return Fused(encoder, decoder, model.latent_dim, objective, batch, k, optimiser)
+        return Fused(encoder, decoder, model.latent_dim, objective, images, protocol, batch, k, optimiser)
     except _Unknown:
         return None
 
@@ -124,13 +154,15 @@ class Fused:
     """Computes the mean over images of distortion + beta rate, sets the parameters' .grad to its gradient, and returns sums.
 
     With an optimiser, the parameters are updated instead wherever that does not need the gradient's norm: a bound of it that is
-    known before says that the gradient is finite and not clipped.
+    known before says that the gradient is finite and not clipped. Then several steps are one call.
 
     Args:
         encoder: images to the posterior's parameters.
         decoder: codes to logits.
         dim: of a code.
         objective: whose beta is taken.
+        images: of the data set, bytes.
+        protocol: how they become what the model sees.
         batch: images at most.
         k: samples of the posterior for each image.
         optimiser: of the parameters.
@@ -142,6 +174,8 @@ class Fused:
         decoder: list[_Operation],
         dim: int,
         objective: ELBO,
+        images: Tensor,
+        protocol: Protocol,
         batch: int,
         k: int,
         optimiser: Optimiser | None = None,
@@ -156,21 +190,24 @@ class Fused:
                 raise _Unknown
         if encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
             raise _Unknown
-        self.objective, self.dim, self.k, self.optimiser = objective, dim, k, optimiser
-        self.pixels, self.threads = decoder[-1].outputs, torch.get_num_threads()
+        self.objective, self.dim, self.batch, self.k, self.optimiser = objective, dim, batch, k, optimiser
+        self.images, self.protocol, self.threads = images, protocol.name, torch.get_num_threads()
         self.held: list[Tensor] = []
-        both, rows = (*encoder, *decoder), k * batch
+        rows = k * batch
+        # a constant beside the images, or beside the logits, is an affair of the layer that reads or gives them
+        minus = encoder.pop(0).w.at if [o.kind for o in encoder[:2]] == [SUBTRACT, LINEAR] else None
+        plus = decoder.pop().w.at if [o.kind for o in decoder[-2:]] == [LINEAR, ADD] else None
         self._rooms(encoder, batch, first=True)
         self._rooms(decoder, rows, first=False)
+        both = (*encoder, *decoder)
         self.squares = torch.zeros(sum(_blocks(o) for o in both), dtype=torch.float64)
         blocks = 0
         for operation in both:
             operation.squares = self.squares[blocks:].data_ptr()
             blocks += _blocks(operation)
             for parameter in (operation.w, operation.b):
-                if optimiser and parameter.gradient and optimiser.ahead(0):
+                if optimiser and parameter.gradient and optimiser.ahead(0, 1):
                     parameter.mean, parameter.square, parameter.multiple = optimiser.adam.place(parameter.at)
-        self.sums = torch.empty(3, dtype=torch.float64)
         self.chains = [(_Operation * len(chain))(*chain) for chain in (encoder, decoder)]
         widest = max(up(max(o.inputs, o.outputs)) for o in both)
         # in bfloat16 numbers: 32 rows of weights, or of a gradient in float32 beside as many of another, or all of a narrow layer
@@ -179,15 +216,40 @@ class Fused:
             if operation.kind == EXACT:
                 each = max(each, 2 * up(operation.outputs) * operation.inputs)
             if operation.kind in CONVOLUTIONS:
-                images = batch if operation in encoder else rows
-                for_all, for_each = rooms((images, *operation.shape[1:]))
+                images_ = batch if operation in encoder else rows
+                for_all, for_each = rooms((images_, *operation.shape[1:]))
                 shared, each = max(shared, for_all), max(each, for_each)
+        scratch = self._room(shared // 2)
+        taken, pixels = self._pixels(encoder[0], decoder[-1], minus, plus, scratch)
         self.plan = _Plan(
             *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim),
             decoder[0].gradient if _in_place(decoder) else self._room(rows * dim),
-            self._room(rows), self._room(batch), self.sums.data_ptr(), self.squares.data_ptr(), blocks,
-            self._room(shared // 2), self._room(self.threads * each // 2), each,
+            self._room(rows), self._room(batch), None, self.squares.data_ptr(), blocks,
+            scratch, self._room(self.threads * each // 2), each,
+            _Source(images.data_ptr(), None, KERNELS[protocol.name], 0), images[0].numel(), taken, pixels,
         )  # fmt: skip
+        self.most = max(1, min(AHEAD, NOISE // (rows * dim)))
+        self.noise = torch.empty((self.most, rows * dim), dtype=torch.float32, device="cpu")
+        self.seeds = (ctypes.c_uint64 * self.most)()
+        self.told = torch.zeros((self.most, 4), dtype=torch.float64)
+
+    def _pixels(
+        self, first: _Operation, last: _Operation, minus: int | None, plus: int | None, scratch: int
+    ) -> tuple[_Taken, _Pixels]:
+        """Room for what the first and the last layer read of images, see `images.h` and `pixels.h`."""
+        rows, n = up(self.k * self.batch), last.outputs
+        linear = first.kind == LINEAR, last.kind == LINEAR
+        taken, pixels = _Taken(k=self.k, width=rows), _Pixels(width=rows, plus=plus)
+        if linear[0]:
+            taken.minus, taken.columns, taken.inputs = minus, scratch, first.inputs_kept
+        if linear[1]:
+            taken.across = pixels.levels = self._room(rows * n // 4)
+            pixels.linear, pixels.product = (self._room(rows * up(n) // 32) for _ in range(2))
+            pixels.rows, pixels.across = (self._room(rows * up(n) // 2) for _ in range(2))
+            pixels.sums = self._room(up(n))
+        if not all(linear):
+            taken.x = self._room(self.batch * n)
+        return taken, pixels
 
     def _rooms(self, chain: list[_Operation], rows: int, first: bool) -> None:
         """Give each operation of a chain room for its value, its gradient, and what is kept for the way back.
@@ -211,19 +273,33 @@ class Fused:
                 if i > needed or not first:
                     operation.weights_kept = self._room((up(operation.outputs) + 2) * up(operation.inputs) // 2)
 
-    def __call__(self, x: Tensor, generator: torch.Generator, step: int) -> Pass:
-        """Of images x (B, *X), with noise from a generator."""
-        x, images = x.contiguous(), len(x)
-        noise = torch.randn((self.k, images, self.dim), generator=generator, dtype=torch.float32, device="cpu")
-        beta = at(self.objective.beta, step)
-        ahead = self.optimiser.ahead(step) if self.optimiser else None
-        updated = kernels().elbo_step(
-            ctypes.byref(self.plan), x.data_ptr(), noise.data_ptr(), images, self.pixels, self.k, beta,
-            ctypes.byref(ahead[0]) if ahead else None, ahead[1] if ahead else 0.0,
+    def __call__(self, index: Tensor, noise: Callable[[int], torch.Generator], step: int) -> list[Pass]:
+        """The passes of the steps from `step` on: one for each batch of the images `index` (N,), and none after one whose update is left.
+
+        Args:
+            index: which images, of a few batches (`most`).
+            noise: the generator of a step.
+            step: the first of them.
+        """
+        index, count = index.contiguous(), -(-len(index) // self.batch)
+        sizes = [min(self.batch, len(index) - i * self.batch) for i in range(count)]
+        betas = [at(self.objective.beta, step + i) for i in range(count)]
+        for i, images in enumerate(sizes):
+            generator = noise(step + i)
+            self.seeds[i] = seed_of_bits(self.protocol, generator)
+            self.noise[i, : self.k * images * self.dim].normal_(generator=generator)
+        ahead = self.optimiser.ahead(step, count) if self.optimiser else None
+        made = kernels().elbo_steps(
+            ctypes.byref(self.plan), count, index.data_ptr(), len(index), self.batch, self.seeds, self.noise.data_ptr(), (ctypes.c_float * count)(*betas),
+            ahead[0] if ahead else None, ahead[1] if ahead else 0.0, self.told.data_ptr(),
             min(self.threads, torch.get_num_threads()),
         )  # fmt: skip
-        rate, distortion, squares = self.sums.tolist()
-        return Pass((distortion + beta * rate) / images, rate, distortion, images, math.sqrt(squares), bool(updated))
+        return [
+            Pass((distortion + beta * rate) / images, rate, distortion, images, math.sqrt(squares), bool(updated))
+            for (rate, distortion, squares, updated), beta, images in zip(
+                self.told[:made].tolist(), betas, sizes, strict=False
+            )
+        ]
 
     def _room(self, numbers: int) -> int:
         """The address of so many float32 numbers, aligned to lines and with some to spare, held as long as this."""
