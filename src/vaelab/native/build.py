@@ -35,6 +35,7 @@ SOURCES = (
 HEADERS = (
     "tiles.h", "rows.h", "functions.h", "activations.h", "linear.h", "exact.h", "convolution.h", "windows.h", "pixels.h", "adam.h",
     "images.h",
+    "turns.h",
 )  # fmt: skip
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)

@@ -130,21 +130,14 @@ void linear_read_shared(const float *x, long m, long k, bf16 *columns, bf16 *inp
     }
 }
 
-/* Strips of 32 of n numbers: those from the first to the last of a thread. The last one may be half, and is of the last thread. */
-static inline void strips_of(long n, long *first, long *last) {
-    long strips = up(n) / SIDE, threads = omp_get_num_threads(), me = omp_get_thread_num();
-    *first = strips * me / threads;
-    *last = strips * (me + 1) / threads;
-}
-
 void linear_forward_shared(const bf16 *columns, const float *w, Forward then, const Pixels *pixels, float *y, double *slope, long m, long n, long k,
-                           bf16 *weights, bf16 *alone) {
-    long depth = up(k), first, last;
+                           bf16 *weights, bf16 *alone, Turns *turns) {
+    long depth = up(k);
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
     begin_tiles();
-    strips_of(n, &first, &last);
-    for (long t = first * SIDE; t < last * SIDE; t += SIDE) {
+    for (long strip; (strip = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;) {
+        long t = strip * SIDE;
         __m512 totals[SIDE];
         for (long i = 0; i < SIDE; i++) totals[i] = _mm512_setzero_ps();
         some_rows(w, n, k, t, alone, weights);
@@ -171,14 +164,13 @@ void linear_turn_shared(const float *dy, long m, long n, bf16 *rows) {
     for (long i = 0; i < up(m); i++) as_row(dy, m, n, i, rows, COARSE, 0);
 }
 
-void linear_input_shared(const bf16 *rows, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size) {
+void linear_input_shared(const bf16 *rows, const bf16 *weights, Gate gate, float *dx, long m, long n, long k, double *size,
+                         Turns *turns) {
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
-    long first, last;
     begin_tiles();
-    strips_of(k, &first, &last);
-    for (long j = first * SIDE; j < last * SIDE; j += SIDE)
-        for (long i = 0; i < m; i += SIDE) {
+    for (long strip; (strip = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;)
+        for (long i = 0, j = strip * SIDE; i < m; i += SIDE) {
             Panels b = {weights + j / HALF * apart(n), apart(n), 0, COARSE};
             block((Rows){rows + i * up(n), up(n), 0}, b, up(n), COARSE, sums, SIDE);
             squares += put(sums, 0, gate, m, k, i, j, dx);
@@ -223,12 +215,14 @@ double linear_bias(const float *dy, float *db, long m, long n, long t, int add) 
 }
 
 void linear_forward(const float *x, const float *w, const float *b, float *y, long m, long n, long k, bf16 *scratch, int threads) {
+    Turns turns[threads];
+    deal(turns, up(n) / SIDE, threads);
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
         bf16 *alone = scratch + up(m) * up(k) + omp_get_thread_num() * SIDE * up(k);
         linear_read_shared(x, m, k, scratch, 0, 0);
-        linear_forward_shared(scratch, w, (Forward){b, IDENTITY, 0}, 0, y, 0, m, n, k, 0, alone);
+        linear_forward_shared(scratch, w, (Forward){b, IDENTITY, 0}, 0, y, 0, m, n, k, 0, alone, turns);
         end_flushing(control);
     }
 }
@@ -238,6 +232,8 @@ void linear_backward(const float *x, const float *w, const float *dy, float *dw,
                      bf16 *scratch, int threads) {
     long panels = up(k) / HALF, strip = (panels + threads - 1) / threads;
     bf16 *across = scratch, *inputs = across + up(m) * up(n), *weights = inputs + panels * apart(m);
+    Turns turns[threads];
+    deal(turns, up(k) / SIDE, threads);
 #pragma omp parallel num_threads(threads)
     {
         unsigned control = begin_flushing();
@@ -250,7 +246,7 @@ void linear_backward(const float *x, const float *w, const float *dy, float *dw,
         }
         if (dx) {
             linear_turn_shared(dy, m, n, across);
-            linear_input_shared(across, weights, (Gate){IDENTITY, 0}, dx, m, n, k, 0);
+            linear_input_shared(across, weights, (Gate){IDENTITY, 0}, dx, m, n, k, 0, turns);
         }
         begin_tiles();
 #pragma omp for schedule(static)

@@ -28,6 +28,7 @@ typedef struct {
                    the sums of the squares of their parts
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants
+   turns has room for three of each thread's: of strips forward, of the input, and of the weights.
    size and slope are the sums of the squares of x, and of the gradient of the value, or more: of a row at a time in float32, then
    in double, so that they are not less either by what long sums lose. */
 typedef struct {
@@ -37,6 +38,7 @@ typedef struct {
     double *squares, size, slope;
     Kept kept;
     Shape shape;
+    Turns *turns;
 } Operation;
 
 /* Images, and what a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate, of distortion and
@@ -58,6 +60,7 @@ typedef struct {
 } Plan;
 
 static int convolves(const Operation *o) { return o->kind == DOWN || o->kind == UP; }
+static long step_of(const Operation *o) { return o->kind == EXACT ? ROWS : SIDE; } /* rows of its weights that are one piece */
 static int learns(const Operation *o) { return o->w.gradient || o->b.gradient; } /* and is no constant */
 static Shape of_images(const Operation *o, long images) {
     Shape shape = o->shape;
@@ -154,7 +157,7 @@ static const float *forward(Operation *o, long count, const float *x, long m, co
         if (o->kind == LINEAR) {
             if (!takes(o, p)) linear_read_shared(x, m, o->inputs, p->scratch, o->kept.inputs, &o->size);
             linear_forward_shared(p->scratch, o->w.at, then, pixels, o->value, pixels ? &o->slope : 0, m, o->outputs, o->inputs,
-                                  o->kept.weights, alone);
+                                  o->kept.weights, alone, o->turns);
         } else if (o->kind == EXACT)
             exact_forward_shared(x, o->w.at, then, o->value, m, o->outputs, o->inputs, (float *)alone);
         else if (convolves(o))
@@ -182,7 +185,8 @@ static void backward(Operation *first, long count, const float *x, float *dx, lo
         if (o->kind == LINEAR) {
             const bf16 *rows = scores(o, p) ? p->pixels.rows : p->scratch;
             if (!scores(o, p)) linear_turn_shared(o->gradient, m, o->outputs, p->scratch);
-            linear_input_shared(rows, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope);
+            linear_input_shared(rows, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope,
+                                o->turns + omp_get_num_threads());
         } else if (o->kind == EXACT)
             exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope);
         else if (convolves(o))
@@ -225,42 +229,44 @@ static double copy(const float *from, float *to, long n) {
 
 /* The gradients of weights and biases, some rows at a time, or, where Adam is given, their update: then a gradient stays near the
    core, and 3 numbers a weight are read and written instead of 5. */
-static void parameters(Operation *first, long count, const float *x, long m, const Adam *adam, const Plan *p, bf16 *alone) {
+static void some_parameters(Operation *o, long t, const float *x, long m, const Adam *adam, const Plan *p, bf16 *alone) {
     float *own = (float *)(alone + SIDE * up(m)), own_b[SIDE];
-    bf16 *across = alone;
-    int turn = 0;
-    begin_tiles();
-    for (Operation *o = first + count - 1; o >= first; o--) {
-        long k = o->inputs, n = o->outputs, step = o->kind == EXACT ? ROWS : SIDE;
-        const float *input = o == first ? x : o[-1].value;
-        if (!learns(o)) continue;
-        if (convolves(o)) {
-            kernels(o, input, m, adam, p, alone);
-            begin_tiles();
-            continue;
-        }
-        long strips = (n + step - 1) / step, threads = omp_get_num_threads(), me = omp_get_thread_num();
-        long more = turn ? threads - 1 : 0; /* where they are odd, one thread has more of this layer, another of the next */
-        turn = !turn;
-        for (long t = (strips * me + more) / threads; t < (strips * (me + 1) + more) / threads; t++) {
-            long rows = least(step, n - t * step), at = t * step;
-            float *dw = !o->w.gradient ? 0 : adam ? own : o->w.gradient + at * k;
-            float *db = !o->b.gradient ? 0 : adam ? own_b : o->b.gradient + at;
-            if (o->kind == EXACT)
-                o->squares[t] = exact_rows(o->gradient, input, dw, db, m, n, k, t);
-            else if (scores(o, p))
-                o->squares[t] = (dw ? linear_rows(p->pixels.across + at * up(m), o->kept.inputs, dw, m, n, k, t, 0) : 0) +
-                                (db ? copy(p->pixels.sums + at, db, rows) : 0);
-            else {
-                if (dw) linear_across(o->gradient, m, n, t, across);
-                o->squares[t] = (dw ? linear_rows(across, o->kept.inputs, dw, m, n, k, t, 0) : 0) +
-                                (db ? linear_bias(o->gradient, db, m, n, t, 0) : 0);
-            }
-            if (adam && dw)
-                adam_run(adam, o->w.multiple, dw, o->w.at + at * k, o->w.mean + at * k, o->w.square + at * k, rows * k);
-            if (adam && db) adam_run(adam, o->b.multiple, db, o->b.at + at, o->b.mean + at, o->b.square + at, rows);
-        }
+    long k = o->inputs, n = o->outputs, step = step_of(o), at = t * step, rows = least(step, n - at);
+    const Parameter *w = &o->w, *b = &o->b;
+    float *dw = !w->gradient ? 0 : adam ? own : w->gradient + at * k;
+    float *db = !b->gradient ? 0 : adam ? own_b : b->gradient + at;
+    const bf16 *across = scores(o, p) ? p->pixels.across + at * up(m) : alone;
+    if (o->kind == EXACT)
+        o->squares[t] = exact_rows(o->gradient, x, dw, db, m, n, k, t);
+    else {
+        if (dw && !scores(o, p)) linear_across(o->gradient, m, n, t, alone);
+        o->squares[t] = dw ? linear_rows(across, o->kept.inputs, dw, m, n, k, t, 0) : 0;
+        if (db) o->squares[t] += scores(o, p) ? copy(p->pixels.sums + at, db, rows) : linear_bias(o->gradient, db, m, n, t, 0);
     }
+    if (adam && dw) adam_run(adam, w->multiple, dw, w->at + at * k, w->mean + at * k, w->square + at * k, rows * k);
+    if (adam && db) adam_run(adam, b->multiple, db, b->at + at, b->mean + at, b->square + at, rows);
+}
+
+/* Those of all operations: first each thread its own, then what others have left. */
+static void parameters(const Plan *p, const float *x, long images, long k, const Adam *adam, bf16 *alone) {
+    int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    begin_tiles();
+    for (int others = 0; others < 2; others++)
+        for (long i = p->encoders + p->decoders - 1; i >= 0; i--) {
+            int codes = i >= p->encoders;
+            Operation *first = codes ? p->decoder : p->encoder, *o = first + (codes ? i - p->encoders : i);
+            const float *input = o > first ? o[-1].value : codes ? p->code : x;
+            long m = codes ? k * images : images;
+            if (!learns(o)) continue;
+            if (convolves(o)) {
+                if (!others) kernels(o, input, m, adam, p, alone);
+                begin_tiles();
+                continue;
+            }
+            Turns *turns = o->turns + 2 * threads;
+            for (long t; (t = others ? next_piece(turns, threads, me) : piece_of(turns + me, 1)) >= 0;)
+                some_parameters(o, t, input, m, adam, p, alone);
+        }
     end_tiles();
 }
 
@@ -339,6 +345,13 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
     *size += sum;
 }
 
+static void begin(Operation *o, int threads) {
+    o->size = o->slope = 0;
+    deal(o->turns, up(o->outputs) / SIDE, threads);
+    deal(o->turns + threads, up(o->inputs) / SIDE, threads);
+    deal(o->turns + 2 * threads, (o->outputs + step_of(o) - 1) / step_of(o), threads);
+}
+
 /* One of them: images `index` of the source, noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam is given,
    the value is finite and the gradient's norm is surely no larger than `most`, updates the weights instead, and returns 1. */
 static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noise, long images, long k, float beta, const Adam *adam,
@@ -346,8 +359,8 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
     Operation *last = p->encoder + p->encoders - 1, *pixel = p->decoder + p->decoders - 1;
     const float *x = p->taken.x;
     int update = 0;
-    for (Operation *o = p->encoder; o <= last; o++) o->size = o->slope = 0;
-    for (Operation *o = p->decoder; o <= pixel; o++) o->size = o->slope = 0;
+    for (Operation *o = p->encoder; o <= last; o++) begin(o, threads);
+    for (Operation *o = p->decoder; o <= pixel; o++) begin(o, threads);
     p->source.index = index;
     p->source.seed = seed;
     p->pixels.scale = -1.0f / (float)(k * images);
@@ -376,8 +389,7 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
             double square = bound(p->encoder, p->encoders, images) + bound(p->decoder, p->decoders, k * images);
             update = adam && isfinite(p->sums[1] + beta * p->sums[0]) && square <= most * most;
         }
-        parameters(p->decoder, p->decoders, p->code, k * images, update ? adam : 0, p, alone);
-        parameters(p->encoder, p->encoders, x, images, update ? adam : 0, p, alone);
+        parameters(p, x, images, k, update ? adam : 0, alone);
 #pragma omp barrier
 #pragma omp single
         for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];

@@ -41,7 +41,9 @@ IDENTITY, RELU, SILU = range(3)
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: RELU, nn.SiLU: SILU}
 
 
-AHEAD, NOISE = 8, 2**18
+TURNS = 3 * 32
+"""Room for a thread's turns at an operation, in float32 numbers, see `turns.h`."""
+AHEAD, NOISE = 16, 2**18
 """Steps that are one call, at most, and numbers of noise that are drawn for them."""
 
 
@@ -63,6 +65,7 @@ class _Operation(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("value", "slopes", "gradient", "squares")),
         ("size", ctypes.c_double), ("slope", ctypes.c_double),
         ("inputs_kept", ctypes.c_void_p), ("weights_kept", ctypes.c_void_p), ("shape", ctypes.c_long * 13),
+        ("turns", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -203,7 +206,7 @@ class Fused:
         self.squares = torch.zeros(sum(_blocks(o) for o in both), dtype=torch.float64)
         blocks = 0
         for operation in both:
-            operation.squares = self.squares[blocks:].data_ptr()
+            operation.squares, operation.turns = self.squares[blocks:].data_ptr(), self._room(TURNS * self.threads)
             blocks += _blocks(operation)
             for parameter in (operation.w, operation.b):
                 if optimiser and parameter.gradient and optimiser.ahead(0, 1):
