@@ -28,7 +28,7 @@ typedef struct {
                    the sums of the squares of their parts
    ADD, SUBTRACT   w (outputs): a constant
    WAVES           x, and beside it sqrt(2) sin(x w + b): w (inputs, outputs - inputs) and b are constants
-   turns has room for three of each thread's: of strips forward, of the input, and of the weights.
+   turns has room for three of each thread's: of the value, of the gradient of x, and of the weights.
    size and slope are the sums of the squares of x, and of the gradient of the value, or more: of a row at a time in float32, then
    in double, so that they are not less either by what long sums lose. */
 typedef struct {
@@ -159,7 +159,7 @@ static const float *forward(Operation *o, long count, const float *x, long m, co
             linear_forward_shared(p->scratch, o->w.at, then, pixels, o->value, pixels ? &o->slope : 0, m, o->outputs, o->inputs,
                                   o->kept.weights, alone, o->turns);
         } else if (o->kind == EXACT)
-            exact_forward_shared(x, o->w.at, then, o->value, m, o->outputs, o->inputs, (float *)alone);
+            exact_forward_shared(x, o->w.at, then, o->value, m, o->outputs, o->inputs, (float *)alone, o->turns);
         else if (convolves(o))
             convolution_shared(&shape, o->kind == UP, x, o->w.at, then, (Gate){IDENTITY, 0}, o->value, &o->size, 0, p->scratch,
                                alone);
@@ -188,7 +188,7 @@ static void backward(Operation *first, long count, const float *x, float *dx, lo
             linear_input_shared(rows, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope,
                                 o->turns + omp_get_num_threads());
         } else if (o->kind == EXACT)
-            exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope);
+            exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope, o->turns + omp_get_num_threads());
         else if (convolves(o))
             convolution_shared(&shape, o->kind == DOWN, o->gradient, o->w.at, (Forward){0, IDENTITY, 0}, gate, to, 0, slope,
                                p->scratch, alone);
@@ -345,10 +345,11 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
     *size += sum;
 }
 
-static void begin(Operation *o, int threads) {
+static void begin(Operation *o, long m, int threads) {
+    long pieces = (m + ROWS - 1) / ROWS;
     o->size = o->slope = 0;
-    deal(o->turns, up(o->outputs) / SIDE, threads);
-    deal(o->turns + threads, up(o->inputs) / SIDE, threads);
+    deal(o->turns, o->kind == EXACT ? pieces : up(o->outputs) / SIDE, threads);
+    deal(o->turns + threads, o->kind == EXACT ? pieces : up(o->inputs) / SIDE, threads);
     deal(o->turns + 2 * threads, (o->outputs + step_of(o) - 1) / step_of(o), threads);
 }
 
@@ -359,8 +360,8 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
     Operation *last = p->encoder + p->encoders - 1, *pixel = p->decoder + p->decoders - 1;
     const float *x = p->taken.x;
     int update = 0;
-    for (Operation *o = p->encoder; o <= last; o++) begin(o, threads);
-    for (Operation *o = p->decoder; o <= pixel; o++) begin(o, threads);
+    for (Operation *o = p->encoder; o <= last; o++) begin(o, images, threads);
+    for (Operation *o = p->decoder; o <= pixel; o++) begin(o, k * images, threads);
     p->source.index = index;
     p->source.seed = seed;
     p->pixels.scale = -1.0f / (float)(k * images);
