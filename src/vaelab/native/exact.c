@@ -84,6 +84,7 @@ static void by_columns(const float *w, long n, long k, float *out) {
     for (long j = 0; j < up(n); j += 16)
         for (long i = 0; i < k; i += 16) {
             __m512i r[16];
+#pragma GCC unroll 16
             for (long h = 0; h < 16; h++)
                 r[h] = (__m512i)_mm512_maskz_loadu_ps(j + h < n ? first16(k - i) : 0, w + (j + h) * k + i);
             transpose(r);
