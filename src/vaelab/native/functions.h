@@ -13,8 +13,7 @@ static inline __m512 reciprocal16(__m512 x) {
 
 /* The square root of x, which is 0 or normal, in the same way: y = x r, y + y (1 - y r) / 2. */
 static inline __m512 root16(__m512 x) {
-    __m512 r = _mm512_rsqrt14_ps(x), y = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), x, r);
-    r = _mm512_min_ps(r, _mm512_set1_ps(1e30f)); /* of 0 it is infinite */
+    __m512 r = _mm512_min_ps(_mm512_rsqrt14_ps(x), _mm512_set1_ps(1e30f)), y = _mm512_mul_ps(x, r); /* of 0 it is infinite */
     return _mm512_fmadd_ps(_mm512_mul_ps(y, _mm512_set1_ps(0.5f)), _mm512_fnmadd_ps(y, r, _mm512_set1_ps(1.0f)), y);
 }
 

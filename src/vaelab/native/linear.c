@@ -139,12 +139,16 @@ void linear_forward_shared(const bf16 *columns, const float *w, Forward then, co
     for (long strip; (strip = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;) {
         long t = strip * SIDE;
         __m512 totals[SIDE];
-        for (long i = 0; i < SIDE; i++) totals[i] = _mm512_setzero_ps();
+        float added[SIDE];
+        for (long i = 0; i < SIDE; i++) {
+            totals[i] = _mm512_setzero_ps();
+            added[i] = t + i < n ? (then.start ? then.start[t + i] : 0) + (pixels && pixels->plus ? pixels->plus[t + i] : 0) : 0;
+        }
         some_rows(w, n, k, t, alone, weights);
         for (long i = 0; i < m; i += SIDE) {
             block((Rows){alone, depth, 0}, (Panels){columns + i * depth, HALF * depth, 0, COARSE}, depth, COARSE, sums, SIDE);
             if (pixels)
-                squares += score_block(sums, then.start, pixels, m, n, i, t, totals);
+                squares += score_block(sums, added, pixels, m, n, i, t, totals);
             else
                 put_transposed(sums, then, m, n, i, t, y);
         }

@@ -28,7 +28,7 @@ void bernoulli_shared(const float *logits, const float *x, float *log_p, float *
 
 void scores_shared(const Pixels *p, float *log_p, long m, long n) {
     long strips = up(n) / SIDE, last = (strips - 1) * up(m);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long r = 0; r < m; r++) {
         double sum = 0;
         for (long at = r; at <= last + r; at += 2 * up(m)) /* products of up to 64 factors */

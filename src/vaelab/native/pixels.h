@@ -70,31 +70,31 @@ typedef struct {
     float *sums;
 } Pixels;
 
-/* The score of a block of sums (pixels by rows) from pixel t and row i on; `start` as in `Forward`. Adds to `sums`, 32 times 16, and
-   returns the sum of squares, of scale (x - mean). */
-static inline double score_block(const float *block, const float *start, const Pixels *p, long m, long n, long i, long t, __m512 *sums) {
+/* The score of a block of sums (pixels by rows) from pixel t and row i on; `added` are 32 numbers, for each pixel what is added to its
+   logits. Adds to `sums`, 32 times 16, and returns the sum of squares, of scale (x - mean). */
+static inline double score_block(const float *block, const float *added, const Pixels *p, long m, long n, long i, long t, __m512 *sums) {
     const __m512 one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps(), scale = _mm512_set1_ps(p->scale);
-    __m512 linear[2] = {zero, zero}, product[2] = {one, one}, squares = zero;
+    const __mmask16 rows[2] = {first16(m - i), first16(m - i - HALF)};
+    const uint8_t *levels = p->levels + t * p->width + i;
+    __m512 linear[2] = {zero, zero}, product[2] = {one, one}, squares[2] = {zero, zero};
     __m512i to_turn[2][16];
     for (int h = 0; h < 2; h++)
         for (int q = 0; q < 16; q++) to_turn[h][q] = _mm512_setzero_si512();
     for (long q = 0; q < least(SIDE, n - t); q += 2) {
         __m512 rest[2][2];
 #pragma GCC unroll 2
-        for (int b = 0; b < 2; b++)
+        for (int b = 0; b < 2; b++, levels += p->width, block += SIDE, added++)
 #pragma GCC unroll 2
             for (int h = 0; h < 2; h++) {
-                __mmask16 inside = t + q + b < n ? first16(m - i - h * HALF) : 0;
-                long pixel = least(t + q + b, n - 1);
-                float added = (start ? start[pixel] : 0) + (p->plus ? p->plus[pixel] : 0);
-                __m512 l = _mm512_add_ps(_mm512_load_ps(block + (q + b) * SIDE + h * HALF), _mm512_set1_ps(added));
-                __m512 x = level16(_mm_loadu_si128((const __m128i *)(p->levels + pixel * p->width + i + h * HALF)));
+                __mmask16 inside = t + q + b < n ? rows[h] : 0;
+                __m512 l = _mm512_add_ps(_mm512_load_ps(block + h * HALF), _mm512_set1_ps(*added));
+                __m512 x = level16(_mm_loadu_si128((const __m128i *)(levels + h * HALF)));
                 __m512 e = exp16(_mm512_sub_ps(zero, _mm512_abs_ps(l))), factor = _mm512_add_ps(one, e);
                 linear[h] = _mm512_mask_add_ps(linear[h], inside, linear[h], _mm512_fmsub_ps(x, l, _mm512_max_ps(l, zero)));
                 product[h] = _mm512_mask_mul_ps(product[h], inside, product[h], factor);
                 __m512 mean = _mm512_mul_ps(_mm512_mask_mov_ps(one, _mm512_cmp_ps_mask(l, zero, _CMP_LT_OQ), e), reciprocal16(factor));
                 rest[b][h] = _mm512_maskz_mul_ps(inside, scale, _mm512_sub_ps(x, mean));
-                squares = _mm512_fmadd_ps(rest[b][h], rest[b][h], squares);
+                squares[h] = _mm512_fmadd_ps(rest[b][h], rest[b][h], squares[h]);
             }
         for (int b = 0; b < 2; b++) {
             sums[q + b] = _mm512_add_ps(sums[q + b], _mm512_add_ps(rest[b][0], rest[b][1]));
@@ -102,16 +102,17 @@ static inline double score_block(const float *block, const float *start, const P
         }
         for (int h = 0; h < 2; h++) to_turn[h][q / 2] = pairs(rest[0][h], rest[1][h]);
     }
+#pragma GCC unroll 2
     for (long h = 0; h < 2; h++) {
         transpose(to_turn[h]);
         for (long r = 0; r < 16; r++) _mm512_storeu_si512(p->rows + (i + h * HALF + r) * up(n) + t, to_turn[h][r]);
         _mm512_storeu_ps(p->linear + t / SIDE * up(m) + i + h * HALF, linear[h]);
         _mm512_storeu_ps(p->product + t / SIDE * up(m) + i + h * HALF, product[h]);
     }
-    return _mm512_reduce_add_ps(squares);
+    return _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1]));
 }
 
-/* log_p (m) from what `score_block` left, by all threads. */
+/* log_p (m) from what `score_block` left, by all threads, which do not wait for each other. */
 void scores_shared(const Pixels *p, float *log_p, long m, long n);
 
 #endif

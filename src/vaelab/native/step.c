@@ -195,7 +195,7 @@ static void backward(Operation *first, long count, const float *x, float *dx, lo
         else if (o->kind == WAVES)
             waves_backward(o, input, o->gradient, to, m, slope);
         else { /* in its place */
-#pragma omp master
+#pragma omp single
             if (slope) *slope = o->slope;
         }
     }
@@ -317,7 +317,7 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
     long dim = p->dim;
     const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f), share = _mm512_set1_ps(weight);
     double sum = 0;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long i = 0; i < images; i++) {
         __m512 squares = _mm512_setzero_ps();
         for (long j = 0; j < dim; j += 16) {
@@ -343,6 +343,7 @@ static void draw_backward(const Plan *p, const float *parameters, const float *n
     }
 #pragma omp atomic
     *size += sum;
+#pragma omp barrier
 }
 
 static void begin(Operation *o, long m, int threads) {
@@ -379,9 +380,7 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
             bernoulli_shared(logits, x, p->log_px, pixel->gradient, p->pixels.scale, &pixel->slope, k * images, images, pixel->outputs);
         backward(p->decoder, p->decoders, p->code, p->code_gradient, k * images, p, alone);
         draw_backward(p, moments, noise, beta / (float)images, images, k, last->gradient, &last->slope);
-#pragma omp barrier
         backward(p->encoder, p->encoders, x, 0, images, p, alone);
-#pragma omp barrier
 #pragma omp single
         {
             p->sums[0] = p->sums[1] = p->sums[2] = 0;
@@ -391,11 +390,9 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
             update = adam && isfinite(p->sums[1] + beta * p->sums[0]) && square <= most * most;
         }
         parameters(p, x, images, k, update ? adam : 0, alone);
-#pragma omp barrier
-#pragma omp single
-        for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];
         end_flushing(control);
     }
+    for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];
     return update;
 }
 

@@ -246,7 +246,7 @@ class Fused:
         if linear[0]:
             taken.minus, taken.columns, taken.inputs = minus, scratch, first.inputs_kept
         if linear[1]:
-            taken.across = pixels.levels = self._room(rows * n // 4)
+            taken.across = pixels.levels = self._room(rows * up(n) // 4)
             pixels.linear, pixels.product = (self._room(rows * up(n) // 32) for _ in range(2))
             pixels.rows, pixels.across = (self._room(rows * up(n) // 2) for _ in range(2))
             pixels.sums = self._room(up(n))
