@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vaelab import pixels
-from vaelab.data.protocol import _words, protocol
+from vaelab.data.protocol import KERNELS, _words, protocol
 from vaelab.errors import UsageError
 from vaelab.native import build, layers, library, reason
 from vaelab.native.calls import adding_gradients, linear_room
@@ -262,7 +262,7 @@ def test_the_norm_is_that_of_all_numbers_whatever_the_threads(kernels):
     assert one == two == pytest.approx(x.double().square().sum().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["grey", "dynamic"])
+@pytest.mark.parametrize("name", ["grey", "dynamic", "threshold"])
 def test_a_batch_of_images_is_what_the_protocol_makes_of_it(name, kernels):
     """Of 105 pixels, so that rows begin anywhere in a word of draws."""
     data = torch.randint(0, 256, (300, 3, 5, 7), dtype=torch.uint8, generator=stream(0, "data"))
@@ -277,7 +277,7 @@ def test_a_black_pixel_is_never_lit(kernels):
     """Also where the draw is the lowest, as it is for one pixel in 65,536."""
     data, index = torch.zeros(1, 2**22, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     out = torch.full((2**22,), math.nan)
-    kernels.bits(data.data_ptr(), index.data_ptr(), 1, out.data_ptr(), 1, 2**22, 1)
+    kernels.batch(data.data_ptr(), index.data_ptr(), KERNELS["dynamic"], 1, out.data_ptr(), 1, 2**22, 1)
     assert not out.any()
     assert -(2**15) in _words(1, 2**20).view(np.int16)
 
