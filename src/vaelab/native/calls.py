@@ -48,9 +48,9 @@ def usual(x: Tensor) -> bool:
 
 
 def linear_room(m: int, n: int, k: int) -> int:
-    """bfloat16 numbers of scratch that a linear layer of k inputs and n outputs needs for m rows, see `linear_backward`."""
-    m, n, k = up(m), up(n), up(k)
-    return 2 * m * n + (m + 2) * k + (n + 2) * k
+    """bfloat16 numbers of scratch that a linear layer of k inputs and n outputs needs for m rows, forward or back, see `linear.c`."""
+    m, n, k, threads = up(m), up(n), up(k), torch.get_num_threads()
+    return max(m * k + threads * 32 * k, m * n + (m + 2) * k + (n + 2) * k + threads * 32 * m)
 
 
 def up(n: int) -> int:
