@@ -72,7 +72,8 @@ def fit(
         device: where to train.
         on_progress: called a few times a second.
         on_epoch: called with each epoch's record.
-        stop: asked after each step, or after a few that take 20 ms together; a reason ends training with `Interrupted`, the model kept as it is.
+        stop: asked after each step, or after a few that take 20 ms together; a reason ends training with `Interrupted`, the
+            model kept as it is.
         keep: given a snapshot every `keep_every` seconds, and where `stop` ends training.
         keep_every: seconds; with 0 after each step.
         start: the snapshot to go on from, of a training with the same arguments.
@@ -135,7 +136,9 @@ def fit(
                 history, seconds, step, skipped = list(start.history), start.seconds, start.step, start.skipped
                 _restore(start, model, optimiser, meter, device)
             own = precision.name == "bfloat16" and device.type == "cpu"
-            whole = fused(model, objective, pixels, protocol, training.batch_size, training.k, optimiser) if own else None
+            whole = (
+                fused(model, objective, pixels, protocol, training.batch_size, training.k, optimiser) if own else None
+            )
             buffers = [] if whole else list(model.buffers())  # which a network may change in its forward pass
             generator = torch.Generator(device)
             pace = Pace(chooses=whole is not None and optimiser.muon is None)
@@ -151,7 +154,9 @@ def fit(
                     pace.start()
                     passes = differentiate(order[at : at + pace.ahead(most) * training.batch_size], step)
                     for passed in passes:
-                        norm = optimiser.step(step, not math.isfinite(passed.loss), passed.gradient_norm, passed.updated)
+                        norm = optimiser.step(
+                            step, not math.isfinite(passed.loss), passed.gradient_norm, passed.updated
+                        )
                         if math.isfinite(passed.loss) and math.isfinite(norm):
                             meter.add(passed, norm, training.clip)
                         else:

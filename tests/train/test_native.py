@@ -38,7 +38,7 @@ def products(kernels, m, k, n, threads=1):
     noise = stream(m, "products", n)
     x, w, b, dy = (torch.randn(*shape, generator=noise) for shape in ((m, k), (n, k), (n,), (m, n)))
     y, dw, db, dx = torch.empty(m, n), torch.ones(n, k), torch.ones(n), torch.empty(m, k)
-    scratch = torch.full((linear_room(m, n, k),), math.nan, dtype=torch.bfloat16)
+    scratch = torch.full((linear_room(m, n, k, threads),), math.nan, dtype=torch.bfloat16)
     at = [t.data_ptr() for t in (x, w, b, dy, y, dw, db, dx, scratch)]
     kernels.linear_forward(at[0], at[1], at[2], at[4], m, n, k, at[8], threads)
     scratch.fill_(math.nan)

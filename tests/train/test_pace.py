@@ -84,3 +84,28 @@ def test_nothing_is_tried_where_there_is_no_choice(run):
     assert run(pace.Pace(chooses=False), 100, {1: 1e-3, 2: 1.0}.__getitem__) == 100 * [2]
     torch.set_num_threads(1)
     assert run(pace.Pace(chooses=True), 100, {1: 1.0}.__getitem__) == 100 * [1]
+
+
+def test_as_many_steps_at_once_as_take_a_fiftieth_of_a_second(run):
+    paced = pace.Pace(chooses=True)
+    assert paced.ahead(16) == 1
+    run(paced, pace.WARMING - 1, {2: 1.01e-3}.__getitem__)
+    assert paced.ahead(16) == 1  # its time is not known yet
+    run(paced, 1, {2: 1.01e-3}.__getitem__)
+    assert (paced.ahead(16), paced.ahead(30), paced.ahead(1)) == (16, 19, 1)
+    run(paced, pace.TRIED, {2: 7e-3}.__getitem__)
+    assert paced.trying and paced.ahead(16) == 1
+    alone = pace.Pace(chooses=False)
+    run(alone, 20, {2: 7e-3}.__getitem__)
+    assert alone.ahead(16) == 2
+    run(alone, 1, {2: 1.0}.__getitem__)
+    assert alone.ahead(16) == 1
+
+
+def test_a_call_of_several_steps_is_so_many_of_its_mean_time(run):
+    paced = pace.Pace(chooses=True)
+    run(paced, 8, {2: 1e-3}.__getitem__)
+    paced.start()
+    pace.time.pass_by(16e-3)
+    paced.step(16)
+    assert paced.typical == pytest.approx(1e-3) and paced.trying

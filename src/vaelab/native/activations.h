@@ -38,30 +38,32 @@ static inline __m512 gated(long activation, __m512 gradient, const float *from, 
     return activation == RELU ? _mm512_maskz_mov_ps(above0(gate), gradient) : _mm512_mul_ps(gradient, gate);
 }
 
-/* c (m, n) = or += the block of sums that begins at row i, column j, through a gate of c's shape; gives the sum of the squares of
-   what c holds then: of each register's rows by itself, so that no addition waits for the one before. */
-static inline __attribute__((always_inline)) double put_some(const float *sums, int add, Gate gate, long rows, __mmask16 left,
-                                                             __mmask16 right, long n, const float *from, float *to) {
-    __m512 squares[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (long r = 0; r < rows; r++, to += n, from += n, sums += SIDE)
+/* `rows` rows of two registers each, those of the masks; see below. Sums of squares of each register by itself: no addition waits for
+   the one before. */
+static inline __attribute__((always_inline)) double put_rows(const float *sums, int add, Gate gate, long rows, __mmask16 left,
+                                                             __mmask16 right, long n, float *to) {
+    __m512 squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (long r = 0; r < rows; r++)
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             __mmask16 inside = h ? right : left;
-            __m512 sum = _mm512_loadu_ps(sums + h * HALF);
-            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to + h * HALF));
-            sum = gated(gate.activation, sum, from + h * HALF, inside);
-            squares[h] = _mm512_mask3_fmadd_ps(sum, sum, squares[h], inside);
-            _mm512_mask_storeu_ps(to + h * HALF, inside, sum);
+            long at = r * n + h * HALF;
+            __m512 sum = _mm512_maskz_loadu_ps(inside, sums + r * SIDE + h * HALF);
+            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(inside, to + at));
+            sum = gated(gate.activation, sum, gate.from + at, inside);
+            squares[h] = _mm512_fmadd_ps(sum, sum, squares[h]);
+            _mm512_mask_storeu_ps(to + at, inside, sum);
         }
     return _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1]));
 }
 
+/* c (m, n) = or += the block of sums that begins at row i, column j, through a gate of c's shape; gives the sum of the squares of
+   what c holds then. */
 static inline double put(const float *sums, int add, Gate gate, long m, long n, long i, long j, float *c) {
     long at = i * n + j, rows = least(SIDE, m - i);
-    const float *from = gate.from + at;
-    if (!add && gate.activation == IDENTITY && j + SIDE <= n)
-        return put_some(sums, 0, (Gate){IDENTITY, 0}, rows, 0xffff, 0xffff, n, from, c + at);
-    return put_some(sums, add, gate, rows, first16(n - j), first16(n - j - HALF), n, from, c + at);
+    if (!add && gate.activation == IDENTITY && j + SIDE <= n) /* as most are */
+        return put_rows(sums, 0, (Gate){IDENTITY, 0}, rows, 0xffff, 0xffff, n, c + at);
+    return put_rows(sums, add, (Gate){gate.activation, gate.from + at}, rows, first16(n - j), first16(n - j - HALF), n, c + at);
 }
 
 #endif

@@ -36,8 +36,8 @@ static inline __attribute__((always_inline)) void adam16(const Lanes *a, int nes
     _mm512_mask_storeu_ps(w, inside, _mm512_sub_ps(_mm512_maskz_loadu_ps(inside, w), move));
 }
 
-static inline __attribute__((always_inline)) void adam_all(const Lanes *a, int nesterov, const float *g, float *w, float *m, float *v,
-                                                           long n) {
+static inline __attribute__((always_inline)) void adam_all(const Lanes *a, int nesterov, const float *g, float *w, float *m,
+                                                           float *v, long n) {
     long i = 0;
     for (; i + 16 <= n; i += 16) adam16(a, nesterov, g + i, w + i, m + i, v + i, 0xffff);
     if (i < n) adam16(a, nesterov, g + i, w + i, m + i, v + i, first16(n - i));

@@ -47,9 +47,9 @@ def usual(x: Tensor) -> bool:
     return x.numel() > 0 and x.device.type == "cpu" and x.is_floating_point() and x.dtype != torch.float64
 
 
-def linear_room(m: int, n: int, k: int) -> int:
-    """bfloat16 numbers of scratch that a linear layer of k inputs and n outputs needs for m rows, forward or back, see `linear.c`."""
-    m, n, k, threads = up(m), up(n), up(k), torch.get_num_threads()
+def linear_room(m: int, n: int, k: int, threads: int) -> int:
+    """bfloat16 numbers of scratch that a linear layer of k inputs and n outputs needs for m rows, forward or back: `linear.c`."""
+    m, n, k = up(m), up(n), up(k)
     return max(m * k + threads * 32 * k, m * n + (m + 2) * k + (n + 2) * k + threads * 32 * m)
 
 

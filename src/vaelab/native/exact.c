@@ -92,7 +92,8 @@ static void by_columns(const float *w, long n, long k, float *out) {
         }
 }
 
-void exact_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, float *alone, Turns *turns) {
+void exact_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, float *alone,
+                          Turns *turns) {
     by_columns(w, n, k, alone);
     for (long piece; (piece = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;) {
         long i = piece * ROWS;

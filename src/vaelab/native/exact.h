@@ -13,7 +13,8 @@
 #define ROWS 8 /* of a product at a time */
 
 /* y = x w', and what follows. `alone` is each thread's own, up(n) k numbers. */
-void exact_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, float *alone, Turns *turns);
+void exact_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, float *alone,
+                          Turns *turns);
 
 /* dx = dy w through the gate. Adds the sum of the squares of dx to *size, in any order. */
 void exact_input_shared(const float *dy, const float *w, Gate gate, float *dx, long m, long n, long k, double *size, Turns *turns);

@@ -80,13 +80,14 @@ static inline __attribute__((always_inline)) void interleave(const __m128i a[16]
     }
 }
 
-/* 16 pixels of 16 images, from pixel j and row i of the batch on, whose bytes are in `rows`. Returns the sum of the squares of what products see. */
+/* 16 pixels of 16 images, from pixel j and row i of the batch on, whose bytes are in `rows`. Returns the sum of the squares of what
+   products see. */
 static inline double square_of(const uint8_t *rows, long i, long j, long m, long n, Taken to) {
     __m128i image[16], pixel[16];
     __m512 squares = _mm512_setzero_ps();
     __mmask16 images = first16(m - i), pixels = first16(n - j);
 #pragma GCC unroll 16
-    for (int h = 0; h < 16; h++) pixel[h] = _mm_load_si128((const __m128i *)(rows + h * up(n)));
+    for (int h = 0; h < 16; h++) pixel[h] = _mm_loadu_si128((const __m128i *)(rows + h * up(n)));
     interleave(pixel, image);
     interleave(image, pixel);
     interleave(pixel, image);

@@ -29,8 +29,8 @@ typedef struct {
     bf16 *columns, *inputs;
 } Taken;
 
-/* All threads of a parallel region call it together. `alone` is each thread's own, 8 up(n) + 32 numbers. Adds the sum of the squares of what products
-   see to *size, in any order. */
+/* All threads of a parallel region call it together. `alone` is each thread's own, 8 up(n) numbers. Adds the sum of the squares of
+   what products see to *size, in any order. */
 void take_shared(Source from, long m, long n, Taken to, double *size, bf16 *alone);
 
 /* byte / 255, rounded as a division is: q = b r with r the float32 nearest to 1 / 255, and what it leaves, b - 255 q. */

@@ -95,7 +95,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (n, k), m = weight.shape, x.numel() // weight.shape[1]
         y = x.new_empty(*x.shape[:-1], n)
-        room = scratch(linear_room(m, n, k))
+        room = scratch(linear_room(m, n, k, torch.get_num_threads()))
         kernels().linear_forward(
             x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(), m, n, k,
             room.data_ptr(), torch.get_num_threads(),
@@ -115,7 +115,7 @@ class _Linear(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         (into, dw) = sink(weight) if ctx.needs_input_grad[1] else (None, None)
         (to, db) = sink(bias) if bias is not None and ctx.needs_input_grad[2] else (None, None)
-        room = scratch(linear_room(m, n, k))
+        room = scratch(linear_room(m, n, k, torch.get_num_threads()))
         kernels().linear_backward(
             x.data_ptr(), weight.data_ptr(), dy.data_ptr(), address(into), address(to), address(dx), m, n, k,
             room.data_ptr(), torch.get_num_threads(),

@@ -130,8 +130,8 @@ void linear_read_shared(const float *x, long m, long k, bf16 *columns, bf16 *inp
     }
 }
 
-void linear_forward_shared(const bf16 *columns, const float *w, Forward then, const Pixels *pixels, float *y, double *slope, long m, long n, long k,
-                           bf16 *weights, bf16 *alone, Turns *turns) {
+void linear_forward_shared(const bf16 *columns, const float *w, Forward then, const Pixels *pixels, float *y, double *slope,
+                           long m, long n, long k, bf16 *weights, bf16 *alone, Turns *turns) {
     long depth = up(k);
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;

@@ -70,9 +70,10 @@ typedef struct {
     float *sums;
 } Pixels;
 
-/* The score of a block of sums (pixels by rows) from pixel t and row i on; `added` are 32 numbers, for each pixel what is added to its
-   logits. Adds to `sums`, 32 times 16, and returns the sum of squares, of scale (x - mean). */
-static inline double score_block(const float *block, const float *added, const Pixels *p, long m, long n, long i, long t, __m512 *sums) {
+/* The score of a block of sums (pixels by rows) from pixel t and row i on; `added` are 32 numbers, for each pixel what is added to
+   its logits. Adds to `sums`, 32 times 16, and returns the sum of squares, of scale (x - mean). */
+static inline double score_block(const float *block, const float *added, const Pixels *p, long m, long n, long i, long t,
+                                 __m512 *sums) {
     const __m512 one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps(), scale = _mm512_set1_ps(p->scale);
     const __mmask16 rows[2] = {first16(m - i), first16(m - i - HALF)};
     const uint8_t *levels = p->levels + t * p->width + i;
@@ -92,7 +93,8 @@ static inline double score_block(const float *block, const float *added, const P
                 __m512 e = exp16(_mm512_sub_ps(zero, _mm512_abs_ps(l))), factor = _mm512_add_ps(one, e);
                 linear[h] = _mm512_mask_add_ps(linear[h], inside, linear[h], _mm512_fmsub_ps(x, l, _mm512_max_ps(l, zero)));
                 product[h] = _mm512_mask_mul_ps(product[h], inside, product[h], factor);
-                __m512 mean = _mm512_mul_ps(_mm512_mask_mov_ps(one, _mm512_cmp_ps_mask(l, zero, _CMP_LT_OQ), e), reciprocal16(factor));
+                __mmask16 below = _mm512_cmp_ps_mask(l, zero, _CMP_LT_OQ);
+                __m512 mean = _mm512_mul_ps(_mm512_mask_mov_ps(one, below, e), reciprocal16(factor));
                 rest[b][h] = _mm512_maskz_mul_ps(inside, scale, _mm512_sub_ps(x, mean));
                 squares[h] = _mm512_fmadd_ps(rest[b][h], rest[b][h], squares[h]);
             }

@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "adam.h"
+#include "codes.h"
 #include "convolution.h"
 #include "exact.h"
 #include "linear.h"
@@ -41,14 +42,17 @@ typedef struct {
     Turns *turns;
 } Operation;
 
-/* Images, and what a pass fills: code (k, images, dim) and its gradient, log_px (k, images), rate (images), sums of rate, of distortion and
-   of the squares of the gradient, whose parts are `blocks`; scratch of all threads, and `each` numbers of each. Where the first
-   operation is LINEAR it reads the images as they are taken, less `taken.minus`; where the last is, and `pixels.rows` is room for what
-   it leaves, the pixels are scored as it gives them. `taken.x` has room where anything else reads images. */
+/* A pass: its operations, and what it fills: codes, log_px (k, images), sums of rate, of distortion and of the squares of the
+   gradient, whose parts are `blocks`; scratch of all threads, and `each` numbers of each.
+
+   Images are taken from `source`. A first operation that is LINEAR reads them as they are taken, less `taken.minus`, where
+   `taken.columns` is room for that; pixels are scored as a last one gives their logits, where `pixels.rows` is room for what that
+   leaves. `taken.x` has room where anything else reads images. */
 typedef struct {
     Operation *encoder, *decoder;
-    long encoders, decoders, dim;
-    float *code, *code_gradient, *log_px, *rate;
+    long encoders, decoders;
+    Codes codes;
+    float *log_px;
     double *sums, *squares;
     long blocks;
     bf16 *scratch, *alone;
@@ -223,7 +227,10 @@ static void kernels(const Operation *o, const float *x, long m, const Adam *adam
 /* Some numbers to their place; returns the sum of their squares. */
 static double copy(const float *from, float *to, long n) {
     double squares = 0;
-    for (long i = 0; i < n; i++) squares += (double)(to[i] = from[i]) * to[i];
+    for (long i = 0; i < n; i++) {
+        to[i] = from[i];
+        squares += (double)from[i] * from[i];
+    }
     return squares;
 }
 
@@ -255,7 +262,7 @@ static void parameters(const Plan *p, const float *x, long images, long k, const
         for (long i = p->encoders + p->decoders - 1; i >= 0; i--) {
             int codes = i >= p->encoders;
             Operation *first = codes ? p->decoder : p->encoder, *o = first + (codes ? i - p->encoders : i);
-            const float *input = o > first ? o[-1].value : codes ? p->code : x;
+            const float *input = o > first ? o[-1].value : codes ? p->codes.at : x;
             long m = codes ? k * images : images;
             if (!learns(o)) continue;
             if (convolves(o)) {
@@ -288,64 +295,7 @@ static double bound(const Operation *o, long count, long m) {
     return total;
 }
 
-/* z = mean + sigma eps, and the rate of each image; parameters (images, 2 dim) are the means and the log variances. */
-static void draw(const Plan *p, const float *parameters, const float *noise, long images, long k) {
-    long dim = p->dim;
-    const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
-#pragma omp for schedule(static)
-    for (long i = 0; i < images; i++) {
-        __m512 rate = _mm512_setzero_ps();
-        for (long j = 0; j < dim; j += 16) {
-            __mmask16 inside = first16(dim - j);
-            __m512 mean = _mm512_maskz_loadu_ps(inside, parameters + i * 2 * dim + j);
-            __m512 log_std = _mm512_mul_ps(half, _mm512_maskz_loadu_ps(inside, parameters + i * 2 * dim + dim + j));
-            __m512 variance = exp16(_mm512_add_ps(log_std, log_std)), std = exp16(log_std);
-            __m512 kl = _mm512_fmadd_ps(mean, mean, _mm512_sub_ps(variance, one));
-            rate = _mm512_mask_add_ps(rate, inside, rate, _mm512_fmsub_ps(half, kl, log_std));
-            for (long s = 0; s < k; s++) {
-                long at = (s * images + i) * dim + j;
-                _mm512_mask_storeu_ps(p->code + at, inside, _mm512_fmadd_ps(std, _mm512_maskz_loadu_ps(inside, noise + at), mean));
-            }
-        }
-        p->rate[i] = _mm512_reduce_add_ps(rate);
-    }
-}
-
-/* The gradient of the parameters, from that of the codes and of beta / images times the rate. */
-static void draw_backward(const Plan *p, const float *parameters, const float *noise, float weight, long images, long k,
-                          float *to, double *size) {
-    long dim = p->dim;
-    const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f), share = _mm512_set1_ps(weight);
-    double sum = 0;
-#pragma omp for schedule(static) nowait
-    for (long i = 0; i < images; i++) {
-        __m512 squares = _mm512_setzero_ps();
-        for (long j = 0; j < dim; j += 16) {
-            __mmask16 inside = first16(dim - j);
-            const float *mean_at = parameters + i * 2 * dim + j;
-            __m512 log_std = _mm512_mul_ps(half, _mm512_maskz_loadu_ps(inside, mean_at + dim));
-            __m512 variance = exp16(_mm512_add_ps(log_std, log_std)), std = exp16(log_std);
-            __m512 of_mean = _mm512_mul_ps(share, _mm512_maskz_loadu_ps(inside, mean_at));
-            __m512 of_log_std = _mm512_mul_ps(share, _mm512_sub_ps(variance, one));
-            for (long s = 0; s < k; s++) {
-                long at = (s * images + i) * dim + j;
-                __m512 g = _mm512_maskz_loadu_ps(inside, p->code_gradient + at);
-                of_mean = _mm512_add_ps(of_mean, g);
-                of_log_std = _mm512_fmadd_ps(g, _mm512_mul_ps(std, _mm512_maskz_loadu_ps(inside, noise + at)), of_log_std);
-            }
-            of_log_std = _mm512_mul_ps(half, of_log_std);
-            squares = _mm512_mask3_fmadd_ps(of_mean, of_mean, squares, inside);
-            squares = _mm512_mask3_fmadd_ps(of_log_std, of_log_std, squares, inside);
-            _mm512_mask_storeu_ps(to + i * 2 * dim + j, inside, of_mean);
-            _mm512_mask_storeu_ps(to + i * 2 * dim + dim + j, inside, of_log_std);
-        }
-        sum += _mm512_reduce_add_ps(squares);
-    }
-#pragma omp atomic
-    *size += sum;
-#pragma omp barrier
-}
-
+/* Of an operation on m rows, before the threads begin. */
 static void begin(Operation *o, long m, int threads) {
     long pieces = (m + ROWS - 1) / ROWS;
     o->size = o->slope = 0;
@@ -354,12 +304,14 @@ static void begin(Operation *o, long m, int threads) {
     deal(o->turns + 2 * threads, (o->outputs + step_of(o) - 1) / step_of(o), threads);
 }
 
-/* One of them: images `index` of the source, noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam is given,
-   the value is finite and the gradient's norm is surely no larger than `most`, updates the weights instead, and returns 1. */
-static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noise, long images, long k, float beta, const Adam *adam,
-              double most, int threads) {
+/* One step: images `index` of the source, noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam
+   is given, the value is finite and the gradient's norm is surely no larger than `most`, updates the weights instead, and
+   returns 1. */
+static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noise, long images, float beta, const Adam *adam,
+                     double most, int threads) {
     Operation *last = p->encoder + p->encoders - 1, *pixel = p->decoder + p->decoders - 1;
     const float *x = p->taken.x;
+    long k = p->taken.k;
     int update = 0;
     for (Operation *o = p->encoder; o <= last; o++) begin(o, images, threads);
     for (Operation *o = p->decoder; o <= pixel; o++) begin(o, k * images, threads);
@@ -372,19 +324,20 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
         bf16 *alone = p->alone + omp_get_thread_num() * p->each;
         take_shared(p->source, images, p->pixels_of_image, p->taken, &p->encoder->size, alone);
         const float *moments = forward(p->encoder, p->encoders, x, images, p, alone);
-        draw(p, moments, noise, images, k);
-        const float *logits = forward(p->decoder, p->decoders, p->code, k * images, p, alone);
+        draw(&p->codes, moments, noise, images, k);
+        const float *logits = forward(p->decoder, p->decoders, p->codes.at, k * images, p, alone);
         if (p->pixels.rows)
             scores_shared(&p->pixels, p->log_px, k * images, pixel->outputs);
         else
-            bernoulli_shared(logits, x, p->log_px, pixel->gradient, p->pixels.scale, &pixel->slope, k * images, images, pixel->outputs);
-        backward(p->decoder, p->decoders, p->code, p->code_gradient, k * images, p, alone);
-        draw_backward(p, moments, noise, beta / (float)images, images, k, last->gradient, &last->slope);
+            bernoulli_shared(logits, x, p->log_px, pixel->gradient, p->pixels.scale, &pixel->slope, k * images, images,
+                             pixel->outputs);
+        backward(p->decoder, p->decoders, p->codes.at, p->codes.gradient, k * images, p, alone);
+        draw_backward(&p->codes, moments, noise, beta / (float)images, images, k, last->gradient, &last->slope);
         backward(p->encoder, p->encoders, x, 0, images, p, alone);
 #pragma omp single
         {
             p->sums[0] = p->sums[1] = p->sums[2] = 0;
-            for (long i = 0; i < images; i++) p->sums[0] += p->rate[i];
+            for (long i = 0; i < images; i++) p->sums[0] += p->codes.rate[i];
             for (long i = 0; i < k * images; i++) p->sums[1] -= p->log_px[i] / (double)k;
             double square = bound(p->encoder, p->encoders, images) + bound(p->decoder, p->decoders, k * images);
             update = adam && isfinite(p->sums[1] + beta * p->sums[0]) && square <= most * most;
@@ -396,15 +349,15 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
     return update;
 }
 
-/* Steps one after the other, of `batch` images each and fewer in the last, with the constants of each, until one has not updated the
-   weights: what follows that is not known here. Fills (steps, 4): sums as in the plan, and whether the weights were updated. Returns
+/* Steps one after the other, of `batch` images each and fewer in the last, with the constants of each, until one has left the
+   update: what follows that is not known here. Fills (steps, 4): sums as in the plan, and whether the weights were updated. Returns
    how many there were. */
 long elbo_steps(Plan *p, long steps, const long *index, long images, long batch, const uint64_t *seeds, const float *noise,
                 const float *beta, const Adam *adam, double most, double *told, int threads) {
+    long numbers = p->taken.k * batch * p->codes.dim; /* of the noise of a step */
     for (long s = 0; s < steps; s++, told += 4) {
         p->sums = told;
-        long here = least(batch, images - s * batch);
-        int updated = elbo_step(p, index + s * batch, seeds[s], noise + s * p->taken.k * batch * p->dim, here, p->taken.k, beta[s],
+        int updated = elbo_step(p, index + s * batch, seeds[s], noise + s * numbers, least(batch, images - s * batch), beta[s],
                                 adam ? adam + s : 0, most, threads);
         told[3] = updated;
         if (!updated) return s + 1;

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaelab.data.protocol import KERNELS, Protocol, seed_of_bits
 from vaelab.likelihoods import Bernoulli, GreyCrossEntropy
@@ -21,52 +21,33 @@ from vaelab.meter import Pass
 from vaelab.models.vae import VAE
 from vaelab.native.build import library
 from vaelab.native.calls import kernels, up
-from vaelab.native.convolutions import Convolution, fits, made, rooms, shape_of
+from vaelab.native.chain import (
+    ADD,
+    CONVOLUTIONS,
+    DOWN,
+    EXACT,
+    LINEAR,
+    PRODUCTS,
+    SILU,
+    SUBTRACT,
+    WAVES,
+    Operation,
+    Unknown,
+    address_of,
+    chain_of,
+)
+from vaelab.native.convolutions import rooms
 from vaelab.native.layers import Own
-from vaelab.nn.conv import ConvDecoder, ConvEncoder, Double
-from vaelab.nn.mean import AroundMean, Centred
-from vaelab.nn.mlp import MLP, ExactLinear, FourierMLP
 from vaelab.objectives import ELBO, Objective
 from vaelab.optim import Optimiser
 from vaelab.posteriors import Gaussian
 from vaelab.priors import StandardNormal
 from vaelab.schedules import at
 
-LINEAR, EXACT, DOWN, UP, ADD, SUBTRACT, WAVES = range(7)
-"""Kinds of operations, as in `step.c`."""
-CONVOLUTIONS = (DOWN, UP)
-PRODUCTS = (LINEAR, EXACT, *CONVOLUTIONS)
-IDENTITY, RELU, SILU = range(3)
-"""Activations, as in `activations.h`."""
-ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: RELU, nn.SiLU: SILU}
-
-
 TURNS = 3 * 32
 """Room for a thread's turns at an operation, in float32 numbers, see `turns.h`."""
 AHEAD, NOISE = 16, 2**18
 """Steps that are one call, at most, and numbers of noise that are drawn for them."""
-
-
-class _Unknown(Exception):
-    """A module that `step.c` has no operation for."""
-
-
-class _Parameter(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("at", "gradient", "mean", "square")),
-        ("multiple", ctypes.c_float),
-    )
-
-
-class _Operation(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_long) for name in ("kind", "inputs", "outputs", "activation")),
-        ("w", _Parameter), ("b", _Parameter),
-        *((name, ctypes.c_void_p) for name in ("value", "slopes", "gradient", "squares")),
-        ("size", ctypes.c_double), ("slope", ctypes.c_double),
-        ("inputs_kept", ctypes.c_void_p), ("weights_kept", ctypes.c_void_p), ("shape", ctypes.c_long * 13),
-        ("turns", ctypes.c_void_p),
-    )  # fmt: skip
 
 
 class _Source(ctypes.Structure):
@@ -89,19 +70,28 @@ class _Pixels(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Codes(ctypes.Structure):
+    _fields_ = (("dim", ctypes.c_long), *((name, ctypes.c_void_p) for name in ("at", "gradient", "rate")))
+
+
 class _Plan(ctypes.Structure):
     _fields_ = (
-        ("encoder", ctypes.POINTER(_Operation)), ("decoder", ctypes.POINTER(_Operation)),
-        *((name, ctypes.c_long) for name in ("encoders", "decoders", "dim")),
-        *((name, ctypes.c_void_p) for name in
-          ("code", "code_gradient", "log_px", "rate", "sums", "squares")),
+        ("encoder", ctypes.POINTER(Operation)), ("decoder", ctypes.POINTER(Operation)),
+        ("encoders", ctypes.c_long), ("decoders", ctypes.c_long), ("codes", _Codes),
+        *((name, ctypes.c_void_p) for name in ("log_px", "sums", "squares")),
         ("blocks", ctypes.c_long), ("scratch", ctypes.c_void_p), ("alone", ctypes.c_void_p), ("each", ctypes.c_long),
         ("source", _Source), ("pixels_of_image", ctypes.c_long), ("taken", _Taken), ("pixels", _Pixels),
     )  # fmt: skip
 
 
 def fused(
-    model: VAE, objective: Objective, images: Tensor, protocol: Protocol, batch: int, k: int, optimiser: Optimiser | None = None
+    model: VAE,
+    objective: Objective,
+    images: Tensor,
+    protocol: Protocol,
+    batch: int,
+    k: int,
+    optimiser: Optimiser | None = None,
 ) -> "Fused | None":
     """The pass of a model whose parameters have their .grad (`vaelab.optim`), None where `step.c` does not have it.
 
@@ -137,19 +127,20 @@ def fused(
     if protocol.name not in KERNELS or not images.is_contiguous() or images.dtype != torch.uint8:
         return None
     try:
-        encoder: list[_Operation] = []
-        decoder: list[_Operation] = []
-        _chain(parts.posterior.head, _chain(parts.encoder, shape, encoder, 1), encoder, 1)
+        encoder: list[Operation] = []
+        decoder: list[Operation] = []
+        chain_of(parts.posterior.head, chain_of(parts.encoder, shape, encoder, 1), encoder, 1)
         # the axes of samples and of images
-        _same((), _chain(parts.likelihood.decoder, (model.latent_dim,), decoder, 2) == shape)
+        if chain_of(parts.likelihood.decoder, (model.latent_dim,), decoder, 2) != shape:
+            return None
         # the pass sets gradients, it does not add to them: each must have its layer, and one only
         own = [p.gradient for o in (*encoder, *decoder) for p in (o.w, o.b) if p.gradient]
-        if sorted(own) != sorted(_address(p.grad) for p in model.parameters() if p.requires_grad):
+        if sorted(own) != sorted(address_of(p.grad) for p in model.parameters() if p.requires_grad):
             return None
         if not encoder or not decoder:
             return None
         return Fused(encoder, decoder, model.latent_dim, objective, images, protocol, batch, k, optimiser)
-    except _Unknown:
+    except Unknown:
         return None
 
 
@@ -173,8 +164,8 @@ class Fused:
 
     def __init__(
         self,
-        encoder: list[_Operation],
-        decoder: list[_Operation],
+        encoder: list[Operation],
+        decoder: list[Operation],
         dim: int,
         objective: ELBO,
         images: Tensor,
@@ -185,14 +176,14 @@ class Fused:
     ) -> None:
         for chain in (encoder, decoder):
             if any(one.outputs != other.inputs for one, other in pairwise(chain)):
-                raise _Unknown
+                raise Unknown
             # who gives back the gradient of what passed an activation is a product
             if any(
-                one.activation and other.kind not in PRODUCTS for one, other in pairwise((*chain, _Operation(WAVES)))
+                one.activation and other.kind not in PRODUCTS for one, other in pairwise((*chain, Operation(WAVES)))
             ):
-                raise _Unknown
+                raise Unknown
         if encoder[-1].outputs != 2 * dim or decoder[0].inputs != dim:
-            raise _Unknown
+            raise Unknown
         self.objective, self.dim, self.batch, self.k, self.optimiser = objective, dim, batch, k, optimiser
         self.images, self.protocol, self.threads = images, protocol.name, torch.get_num_threads()
         self.held: list[Tensor] = []
@@ -211,7 +202,7 @@ class Fused:
             for parameter in (operation.w, operation.b):
                 if optimiser and parameter.gradient and optimiser.ahead(0, 1):
                     parameter.mean, parameter.square, parameter.multiple = optimiser.adam.place(parameter.at)
-        self.chains = [(_Operation * len(chain))(*chain) for chain in (encoder, decoder)]
+        self.chains = [(Operation * len(chain))(*chain) for chain in (encoder, decoder)]
         widest = max(up(max(o.inputs, o.outputs)) for o in both)
         # in bfloat16 numbers: 32 rows of weights, or of a gradient in float32 beside as many of another, or all of a narrow layer
         shared, each = up(rows) * widest, 32 * (up(rows) + 2 * widest)
@@ -223,11 +214,11 @@ class Fused:
                 for_all, for_each = rooms((images_, *operation.shape[1:]))
                 shared, each = max(shared, for_all), max(each, for_each)
         scratch = self._room(shared // 2)
+        gradient = decoder[0].gradient if _in_place(decoder) else self._room(rows * dim)
+        codes = _Codes(dim, self._room(rows * dim), gradient, self._room(batch))
         taken, pixels = self._pixels(encoder[0], decoder[-1], minus, plus, scratch)
         self.plan = _Plan(
-            *self.chains, len(encoder), len(decoder), dim, self._room(rows * dim),
-            decoder[0].gradient if _in_place(decoder) else self._room(rows * dim),
-            self._room(rows), self._room(batch), None, self.squares.data_ptr(), blocks,
+            *self.chains, len(encoder), len(decoder), codes, self._room(rows), None, self.squares.data_ptr(), blocks,
             scratch, self._room(self.threads * each // 2), each,
             _Source(images.data_ptr(), None, KERNELS[protocol.name], 0), images[0].numel(), taken, pixels,
         )  # fmt: skip
@@ -237,7 +228,7 @@ class Fused:
         self.told = torch.zeros((self.most, 4), dtype=torch.float64)
 
     def _pixels(
-        self, first: _Operation, last: _Operation, minus: int | None, plus: int | None, scratch: int
+        self, first: Operation, last: Operation, minus: int | None, plus: int | None, scratch: int
     ) -> tuple[_Taken, _Pixels]:
         """Room for what the first and the last layer read of images, see `images.h` and `pixels.h`."""
         rows, n = up(self.k * self.batch), last.outputs
@@ -254,7 +245,7 @@ class Fused:
             taken.x = self._room(self.batch * n)
         return taken, pixels
 
-    def _rooms(self, chain: list[_Operation], rows: int, first: bool) -> None:
+    def _rooms(self, chain: list[Operation], rows: int, first: bool) -> None:
         """Give each operation of a chain room for its value, its gradient, and what is kept for the way back.
 
         Args:
@@ -277,7 +268,8 @@ class Fused:
                     operation.weights_kept = self._room((up(operation.outputs) + 2) * up(operation.inputs) // 2)
 
     def __call__(self, index: Tensor, noise: Callable[[int], torch.Generator], step: int) -> list[Pass]:
-        """The passes of the steps from `step` on: one for each batch of the images `index` (N,), and none after one whose update is left.
+        """The passes of the steps from `step` on, one for each batch of the images `index` (N,); the last is the first whose
+        update is left to the optimiser.
 
         Args:
             index: which images, of a few batches (`most`).
@@ -293,7 +285,8 @@ class Fused:
             self.noise[i, : self.k * images * self.dim].normal_(generator=generator)
         ahead = self.optimiser.ahead(step, count) if self.optimiser else None
         made = kernels().elbo_steps(
-            ctypes.byref(self.plan), count, index.data_ptr(), len(index), self.batch, self.seeds, self.noise.data_ptr(), (ctypes.c_float * count)(*betas),
+            ctypes.byref(self.plan), count, index.data_ptr(), len(index), self.batch, self.seeds, self.noise.data_ptr(),
+            (ctypes.c_float * count)(*betas),
             ahead[0] if ahead else None, ahead[1] if ahead else 0.0, self.told.data_ptr(),
             min(self.threads, torch.get_num_threads()),
         )  # fmt: skip
@@ -310,106 +303,14 @@ class Fused:
         return -(-self.held[-1].data_ptr() // 64) * 64
 
 
-def _in_place(rest: list[_Operation]) -> bool:
+def _in_place(rest: list[Operation]) -> bool:
     """Whether the next operation writes the gradient of what it is given over that of what it gives."""
     return bool(rest) and rest[0].kind in (ADD, SUBTRACT)
 
 
-def _blocks(operation: _Operation) -> int:
+def _blocks(operation: Operation) -> int:
     """Sums of squares of an operation's gradients, see `linear.h` and `convolution.h`."""
     if operation.kind in CONVOLUTIONS:
         channels = operation.shape[1], operation.shape[4]
         return channels[1] + channels[operation.kind == DOWN]
     return -(-operation.outputs // {LINEAR: 32, EXACT: 8}[operation.kind]) if operation.kind in PRODUCTS else 0
-
-
-def _chain(module: Any, shape: tuple[int, ...], chain: list[_Operation], axes: int) -> tuple[int, ...]:
-    """Add a module's operations on inputs (..., *shape) to a chain, and return the shape of what it gives. Raises _Unknown.
-
-    Args:
-        module: of `VAE`.
-        shape: of its input.
-        chain: what comes before it, and then it too.
-        axes: how many there are before the shape, which are the rows.
-    """
-    kind, n = type(module), math.prod(shape)
-    if kind in ACTIVATIONS and chain and chain[-1].kind in PRODUCTS and not chain[-1].activation:
-        chain[-1].activation = ACTIVATIONS[kind]  # a product's own affair
-    elif kind is nn.Sequential:
-        for part in module:
-            shape = _chain(part, shape, chain, axes)
-    elif kind is MLP and len(shape) == len(module.in_shape):
-        (width,) = _chain(module.layers, (n,), chain, axes)
-        shape = _same(module.out_shape, width == math.prod(module.out_shape))
-    elif kind is ConvEncoder and shape == module.in_shape:
-        shape = _same((module.features,), _chain(module.layers, shape, chain, 1) == (module.features,))
-    elif kind is ConvDecoder:
-        _same((), _chain(module.first, shape, chain, axes) == (math.prod(module.start),))
-        shape = _same(module.out_shape, _chain(module.layers, module.start, chain, 1) == module.out_shape)
-    elif kind is Double and axes == 1 and type(module.convolution) is nn.ConvTranspose2d:
-        shape = _convolution(module.convolution, shape, chain, (module.rows, module.columns))
-    elif kind in (nn.Conv2d, nn.ConvTranspose2d) and axes == 1:
-        shape = _convolution(module, shape, chain)
-    elif kind is Centred and shape == module.constant.shape:
-        chain.append(_Operation(SUBTRACT, n, n, IDENTITY, _Parameter(_address(module.constant))))
-        shape = _chain(module.network, shape, chain, axes)
-    elif kind is AroundMean:
-        shape = _chain(module.network, shape, chain, axes)
-        n = math.prod(_same(shape, shape == module.constant.shape))
-        chain.append(_Operation(ADD, n, n, IDENTITY, _Parameter(_address(module.constant))))
-    elif kind is FourierMLP:
-        k, count = module.frequency.shape
-        _same((), shape == (k,) and module.phase.shape == (count,))
-        constants = _Parameter(_address(module.frequency)), _Parameter(_address(module.phase))
-        chain.append(_Operation(WAVES, k, k + count, IDENTITY, *constants))
-        shape = _chain(module.network, (k + count,), chain, axes)
-    elif kind in (nn.Linear, ExactLinear) and shape == module.weight.shape[1:]:
-        shape = tuple(module.weight.shape[:1])
-        chain.append(_Operation(LINEAR if kind is nn.Linear else EXACT, n, *shape, IDENTITY, *_own(module, shape)))
-    elif kind is nn.Flatten and (module.start_dim, module.end_dim) == (axes, -1):
-        shape = (n,)
-    elif kind is nn.Unflatten and module.dim == -1:
-        sizes = tuple(module.unflattened_size)
-        shape = _same((*shape[:-1], *sizes), math.prod(sizes) == shape[-1] and min(sizes) > 0)
-    elif kind is not nn.Identity:
-        raise _Unknown
-    return shape
-
-
-def _same(shape: tuple[int, ...], is_so: bool) -> tuple[int, ...]:
-    """A shape, where torch would not object. Raises _Unknown."""
-    if not is_so:
-        raise _Unknown
-    return shape
-
-
-def _convolution(
-    layer: Convolution, shape: tuple[int, ...], chain: list[_Operation], cropped: tuple[int, int] | None = None
-) -> tuple[int, ...]:
-    """The same for a convolution, of whose sides the last numbers may be cut off."""
-    _same(shape, len(shape) == 3 and shape[0] == layer.in_channels and fits(layer))
-    sides = made(layer, shape[1:])
-    _same(shape, cropped is None or all(few <= all_ for few, all_ in zip(cropped, sides, strict=True)))
-    sides = _same(cropped or sides, min(cropped or sides) > 0)
-    given, outputs = math.prod(shape), layer.out_channels * math.prod(sides)
-    kind = UP if isinstance(layer, nn.ConvTranspose2d) else DOWN
-    operation = _Operation(kind, given, outputs, IDENTITY, *_own(layer, (layer.out_channels,)))
-    operation.shape[:] = shape_of(layer, 0, shape[1:], sides)
-    chain.append(operation)
-    return (layer.out_channels, *sides)
-
-
-def _own(layer: Any, outputs: tuple[int, ...]) -> list[_Parameter]:
-    """Weights and biases, of which there is one for each of the outputs."""
-    _same(outputs, layer.bias is None or layer.bias.shape == outputs)
-    return [
-        _Parameter() if p is None else _Parameter(_address(p), _address(p.grad) if p.requires_grad else None)
-        for p in (layer.weight, layer.bias)
-    ]
-
-
-def _address(tensor: Tensor | None) -> int:
-    """Raises _Unknown where it is not plain float32 numbers."""
-    if tensor is None or tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise _Unknown
-    return tensor.data_ptr()

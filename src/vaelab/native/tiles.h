@@ -119,6 +119,11 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Nor does gcc know what the loads and stores of tiles read and write. */
 #define SETTLE __asm__ volatile("" ::: "memory")
 
+/* While another program uses the same core too, tile instructions that follow each other closely take four times as long as alone,
+   and two and a half times with eight instructions after each that do nothing (`docs/decisions.md`). Else they cost nothing: there
+   is room for a hundred beside a product. */
+#define ROOM __asm__ volatile("nop\nnop\nnop\nnop\nnop\nnop\nnop\nnop")
+
 /* A block of sums in four tiles: from zero, += 32 rows of A and 32 columns of B of depth 32, to its place. `one` and `two` are the
    first of 16 rows each, `left` and `right` of 16 rows of pairs; steps are bytes from row to row. */
 static inline void begin_block(void) {
@@ -128,11 +133,6 @@ static inline void begin_block(void) {
     _tile_zero(2);
     _tile_zero(3);
 }
-/* While another program uses the same core's other half, tile instructions that follow each other closely take four times as long as
-   alone; with eight instructions that do nothing after each, less than three times. Else they cost nothing: a processor reads six of
-   them while it multiplies a sixteenth of a tile. */
-#define ROOM __asm__ volatile("nop\nnop\nnop\nnop\nnop\nnop\nnop\nnop")
-
 static inline void add_to_block(const void *one, const void *two, long step, const void *left, const void *right, long next) {
     _tile_loadd(4, one, step);
     ROOM;

@@ -1,5 +1,6 @@
-/* Who takes which piece of a loop. Each thread has some of its own, the same at each step, since what it has read or written there is near
-   its core; and one that has none left takes the last of another's, so that none waits for a core that other programs use too. */
+/* Who takes which piece of a loop. Each thread has some of its own, the same at each step, since what it has read or written there
+   is near its core; and one that has none left takes the last of another's, so that none waits for a core that other programs use
+   too. What a piece gives must not depend on who takes it. */
 
 #ifndef TURNS_H
 #define TURNS_H
@@ -13,7 +14,10 @@ typedef struct {
 
 /* Pieces 0 to count - 1 to all threads, before they begin. */
 static inline void deal(Turns *turns, long count, int threads) {
-    for (long t = 0; t < threads; t++) turns[t].left = (uint64_t)(count * t / threads) << 32 | (uint64_t)(count * (t + 1) / threads);
+    for (long t = 0; t < threads; t++) {
+        uint64_t first = (uint64_t)(count * t / threads), end = (uint64_t)(count * (t + 1) / threads);
+        turns[t].left = first << 32 | end;
+    }
 }
 
 /* The next of one's own pieces, or the last of another's; -1 where there is none. */
