@@ -96,9 +96,9 @@ def test_as_many_steps_at_once_as_take_a_fiftieth_of_a_second(run):
     run(paced, pace.TRIED, {2: 7e-3}.__getitem__)
     assert paced.trying and paced.ahead(16) == 1
     alone = pace.Pace(chooses=False)
-    run(alone, 20, {2: 7e-3}.__getitem__)
+    run(alone, 20, lambda threads: 7e-3)
     assert alone.ahead(16) == 2
-    run(alone, 1, {2: 1.0}.__getitem__)
+    run(alone, 1, lambda threads: 1.0)
     assert alone.ahead(16) == 1
 
 
