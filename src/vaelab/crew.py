@@ -86,7 +86,7 @@ def perform(
         staff: from `hired`, for one call: each has its share of torch's threads. Nobody for this process.
         device: where to compute, here; workers are on the CPU.
         stage: shows progress.
-        stop: asked after each step.
+        stop: asked between steps.
 
     Raises:
         WorkerDied: a process ended that should not have.

@@ -72,7 +72,7 @@ def fit(
         device: where to train.
         on_progress: called a few times a second.
         on_epoch: called with each epoch's record.
-        stop: asked after each step, or after a few that take 20 ms together; a reason ends training with `Interrupted`, the
+        stop: asked after each step, or after a few that begin within 20 ms; a reason ends training with `Interrupted`, the
             model kept as it is.
         keep: given a snapshot every `keep_every` seconds, and where `stop` ends training.
         keep_every: seconds; with 0 after each step.
@@ -152,7 +152,8 @@ def fit(
                     at = (step - (epoch - 1) * steps_per_epoch) * training.batch_size
                     before = [buffer.clone() for buffer in buffers]
                     pace.start()
-                    passes = differentiate(order[at : at + pace.ahead(most) * training.batch_size], step)
+                    ahead = min(pace.ahead(most), epoch * steps_per_epoch - step)
+                    passes = differentiate(order[at : at + ahead * training.batch_size], step)
                     for passed in passes:
                         norm = optimiser.step(
                             step, not math.isfinite(passed.loss), passed.gradient_norm, passed.updated
@@ -167,7 +168,7 @@ def fit(
                                 raise _not_finite(step, epoch, passed.loss)
                             skipped += 1
                         step += 1
-                    pace.step(len(passes))
+                    pace.step(len(passes), ahead)
                     if meter.due():
                         on_progress(meter.progress(epoch, training, step, steps, now(), skipped))
                     if reason := stop():

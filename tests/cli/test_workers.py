@@ -105,7 +105,7 @@ def test_two_processes_give_the_numbers_of_one(tasks, side_by_side, digits):
 
 def test_workers_go_on_with_the_same_bits(tasks, side_by_side, digits):
     whole, broken = tasks("whole", 3), tasks("broken", 3)
-    for steps, task in zip((3, 10), broken, strict=True):
+    for steps, task in zip((3, 8), broken, strict=True):  # later ones may be one call, and more than are left
         asked = iter(range(1000))
         with pytest.raises(Interrupted):
             here([task], digits, lambda asked=asked, steps=steps: "SIGTERM" if next(asked) == steps else None)

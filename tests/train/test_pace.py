@@ -87,25 +87,34 @@ def test_nothing_is_tried_where_there_is_no_choice(run):
 
 
 def test_as_many_steps_at_once_as_take_a_fiftieth_of_a_second(run):
-    paced = pace.Pace(chooses=True)
-    assert paced.ahead(16) == 1
-    run(paced, pace.WARMING - 1, {2: 1.01e-3}.__getitem__)
+    paced = pace.Pace(chooses=False)
+    run(paced, pace.WARMING - 1, lambda threads: 1.01e-3)
     assert paced.ahead(16) == 1  # its time is not known yet
-    run(paced, 1, {2: 1.01e-3}.__getitem__)
-    assert (paced.ahead(16), paced.ahead(30), paced.ahead(1)) == (16, 19, 1)
-    run(paced, pace.TRIED, {2: 7e-3}.__getitem__)
-    assert paced.trying and paced.ahead(16) == 1
-    alone = pace.Pace(chooses=False)
-    run(alone, 20, lambda threads: 7e-3)
-    assert alone.ahead(16) == 2
-    run(alone, 1, lambda threads: 1.0)
-    assert alone.ahead(16) == 1
+    run(paced, 1, lambda threads: 1.01e-3)
+    found = []
+    for _ in range(6):
+        found.append(asked := paced.ahead(16))
+        paced.start()
+        pace.time.pass_by(asked * 1.01e-3)
+        paced.step(asked, asked)
+    assert found == [2, 4, 8, 16, 16, 16]
+    assert paced.ahead(30) == 19
+    paced.start()
+    paced.step(3, 16)  # whose fourth is not for the pass to make
+    assert paced.ahead(16) == 1
+    run(paced, 8, lambda threads: 1.0)
+    assert paced.ahead(16) == 1
 
 
-def test_a_call_of_several_steps_is_so_many_of_its_mean_time(run):
+def test_threads_are_compared_by_single_steps(run):
     paced = pace.Pace(chooses=True)
-    run(paced, 8, {2: 1e-3}.__getitem__)
+    two = {1: 1.3e-3, 2: 1e-3}.__getitem__
+    run(paced, 40, two)
+    assert not paced.trying and paced.ahead(16) > 1
+    pace.time.pass_by(paced.pause)
+    assert paced.ahead(16) == 1
     paced.start()
     pace.time.pass_by(16e-3)
-    paced.step(16)
-    assert paced.typical == pytest.approx(1e-3) and paced.trying
+    paced.step(16, 16)  # asked for before it was due
+    assert not paced.times
+    assert run(paced, pace.WARMING + pace.TRIED + 1, two)[-1] == 1

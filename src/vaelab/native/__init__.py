@@ -11,13 +11,15 @@ asks for that.
 
     tiles.h           the product of two matrices, block by block
     rows.h            what its operands are made from
+    turns.h           which thread does what
     activations.h     what follows a layer's sums in the same pass
-    images.c          a batch of a data set's images
+    images.c          images of a data set, from bytes to a batch, or to what a first layer reads
     linear.c          linear layers: forward, and the gradients of weights and input
     exact.c           the same in float32, for layers that read codes or give a posterior's parameters
     convolution.c     convolutions and transposed ones, each the other's gradient, from `windows.h`: how they read images
-    pixels.c          log p(x) of Bernoulli pixels
-    step.c            a whole pass of the most used composition, from those parts
+    pixels.c          log p(x) of Bernoulli pixels, from logits, or in the product that gives them
+    codes.h           codes drawn from a diagonal Gaussian, and their rate
+    step.c            whole steps of the most used composition, from those parts
     scoring.c         many codes against one image: importance sampling
     shares.c          many codes against many images: quadrature
     adam.c            the optimiser's pass, and `adam.h` the update itself
@@ -28,8 +30,9 @@ asks for that.
     layers.py         linear layers, and the modules of a model that compute with them
     scoring.py        decoders that importance sampling scores in one pass
     shares.py         the inner loop of quadrature
-    step.py           which models are that composition
-    pace.py           how many threads
+    chain.py          which modules are which operations
+    step.py           which models are that composition, and its steps
+    pace.py           how many threads, and how many steps at once
 """
 
 from vaelab.native.build import library, reason

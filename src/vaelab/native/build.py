@@ -32,18 +32,13 @@ SOURCES = (
     "pixels.c",
     "start.c",
 )
-HEADERS = (
-    "tiles.h", "rows.h", "functions.h", "activations.h", "linear.h", "exact.h", "convolution.h", "windows.h", "pixels.h", "adam.h",
-    "images.h",
-    "turns.h",
-)  # fmt: skip
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 WITHOUT_TILES = ("-mno-amx-bf16",)
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
 """A compiler that takes longer is given up."""
 
-_pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear_forward": (*[_pointer] * 4, *[_long] * 3, _pointer, _int),
     "linear_backward": (*[_pointer] * 6, *[_long] * 3, _pointer, _int),
@@ -58,11 +53,11 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
     "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
     "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
-    "elbo_steps": (_pointer, _long, _pointer, *[_long] * 2, *[_pointer] * 4, ctypes.c_double, _pointer, _int),
+    "elbo_steps": (_pointer, _long, _pointer, *[_long] * 2, *[_pointer] * 4, _double, _pointer, _double, _int),
     "adam": (*[_pointer] * 6, _long, _pointer, _int, _int),
     "squares": (*[_pointer] * 2, *[_long] * 2, _int),
 }
-RESULTS: dict[str, type] = {"squares": ctypes.c_double, "elbo_steps": _long}
+RESULTS: dict[str, type] = {"squares": _double, "elbo_steps": _long}
 
 
 class _Unavailable(Exception):
@@ -115,8 +110,8 @@ def load(tiles: bool) -> ctypes.CDLL:
     flags = FLAGS if tiles else (*FLAGS, *WITHOUT_TILES)
     here = Path(__file__).parent
     digest = hashlib.sha256(repr((flags, abilities(), torch.__version__)).encode())
-    for name in (*SOURCES, *HEADERS):
-        digest.update((here / name).read_bytes())
+    for path in sorted(here.glob("*.[ch]")):
+        digest.update(path.read_bytes())
     name = f"kernels-{digest.hexdigest()[:24]}.so"
     kept = cache_dir() / "native" / name
     with suppress(

@@ -1,8 +1,6 @@
 /* Products of float32 numbers, with AVX-512's sums of products: a block of 8 rows and 48 columns of c is held in registers. Such
    layers have few inputs or outputs, and take as long in this way as to convert for the tiles what they read. */
 
-#include <omp.h>
-
 #include "exact.h"
 
 /* The numbers of A: row r, step i of the sum is at r * row + i * step. */
@@ -95,7 +93,7 @@ static void by_columns(const float *w, long n, long k, float *out) {
 void exact_forward_shared(const float *x, const float *w, Forward then, float *y, long m, long n, long k, float *alone,
                           Turns *turns) {
     by_columns(w, n, k, alone);
-    for (long piece; (piece = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;) {
+    for (long piece; (piece = next_piece(turns)) >= 0;) {
         long i = piece * ROWS;
         rows_of(least(ROWS, m - i), (Left){x + i * k, k, 1}, alone, up(n), k,
                 (Forward){then.start, then.activation, then.slopes + i * n}, (Gate){IDENTITY, 0}, y + i * n, n, n);
@@ -105,7 +103,7 @@ void exact_forward_shared(const float *x, const float *w, Forward then, float *y
 
 void exact_input_shared(const float *dy, const float *w, Gate gate, float *dx, long m, long n, long k, double *size, Turns *turns) {
     double squares = 0;
-    for (long piece; (piece = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;) {
+    for (long piece; (piece = next_piece(turns)) >= 0;) {
         long i = piece * ROWS;
         squares += rows_of(least(ROWS, m - i), (Left){dy + i * n, n, 1}, w, k, n,
                            (Forward){0, IDENTITY, 0}, (Gate){gate.activation, gate.from + i * k}, dx + i * k, k, k);

@@ -136,7 +136,7 @@ void linear_forward_shared(const bf16 *columns, const float *w, Forward then, co
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
     begin_tiles();
-    for (long strip; (strip = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;) {
+    for (long strip; (strip = next_piece(turns)) >= 0;) {
         long t = strip * SIDE;
         __m512 totals[SIDE];
         float added[SIDE];
@@ -173,7 +173,7 @@ void linear_input_shared(const bf16 *rows, const bf16 *weights, Gate gate, float
     float sums[SIDE * SIDE] __attribute__((aligned(64)));
     double squares = 0;
     begin_tiles();
-    for (long strip; (strip = next_piece(turns, omp_get_num_threads(), omp_get_thread_num())) >= 0;)
+    for (long strip; (strip = next_piece(turns)) >= 0;)
         for (long i = 0, j = strip * SIDE; i < m; i += SIDE) {
             Panels b = {weights + j / HALF * apart(n), apart(n), 0, COARSE};
             block((Rows){rows + i * up(n), up(n), 0}, b, up(n), COARSE, sums, SIDE);

@@ -12,7 +12,7 @@ from collections import deque
 import torch
 
 TRIED = 8
-"""Steps whose median time speaks for a number of threads."""
+"""Steps, one by one, whose median time speaks for a number of threads."""
 WARMING = 8
 """Steps that are not counted at the beginning, and after a change: caches fill, and threads that slept come back."""
 AWAKE = 2
@@ -21,10 +21,10 @@ EVERY, SHARE = 1.0, 0.05
 """Seconds after which the other number is tried again, and the part of the time that trials may take: steps may be long."""
 GIVEN_UP = 3.0
 """A step that takes so many times what the number in use takes ends a trial."""
-AT_ONCE = 0.02
-"""Seconds that steps which are one call may take, since nothing can stop them."""
 CLEARLY, ENOUGH = 1.3, 3
 """So does the median of that many steps that take so many times as long."""
+AT_ONCE = 0.02
+"""Seconds after which no further step is begun in a call, since nothing can stop it."""
 
 
 class Pace:
@@ -37,7 +37,9 @@ class Pace:
     def __init__(self, chooses: bool) -> None:
         self.most = self.used = torch.get_num_threads()
         self.chooses = chooses and self.most > 1
-        self.times: deque[float] = deque(maxlen=WARMING + TRIED)
+        self.times: deque[float] = deque(maxlen=WARMING + TRIED)  # of steps that are compared
+        self.calls: deque[float] = deque(maxlen=WARMING)  # of a step, in each of the latest calls
+        self.trusted = 1  # steps that may be one call, as far as those before have been
         self.typical: float | None = None  # of the number in use
         self.trying = False
         self.pause = EVERY
@@ -48,26 +50,32 @@ class Pace:
         self.last = time.perf_counter()
 
     def ahead(self, most: int) -> int:
-        """How many steps may be made at once: as many as take `AT_ONCE` seconds, and one while they are timed."""
-        if self.trying or len(self.times) < WARMING:
+        """How many steps may be one call: as many as take `AT_ONCE` seconds; and one while threads are compared."""
+        if self._compares(time.perf_counter()) or len(self.calls) < WARMING:
             return 1
-        return max(1, min(most, int(AT_ONCE / max(self.times[-1], 1e-9))))
+        return max(1, min(most, self.trusted, int(AT_ONCE / max(statistics.median(self.calls), 1e-9))))
 
-    def step(self, count: int = 1) -> None:
-        """It has ended, or so many have."""
+    def step(self, made: int = 1, asked: int = 1) -> None:
+        """It has ended, or so many of those that were asked for have."""
         now = time.perf_counter()
-        self.times.extend(count * [(now - self.last) / count])
-        if not self.chooses:
+        self.calls.append((now - self.last) / made)
+        self.trusted = 1 if made < asked else 2 * asked
+        if not self._compares(now) or asked > 1:
             return
+        self.times.append(now - self.last)
         measured = len(self.times) >= WARMING + TRIED
-        if self.trying and self.typical is not None:
-            if self._slower():
-                self._decide(now, better=False)
-            elif measured:
-                self._decide(now, better=statistics.median(self._latest()) < self.typical)
-        elif measured and (self.typical is None or now - self.decided > self.pause):
-            self.typical, self.trying = statistics.median(self._latest()), True
-            self._switch()
+        if not self.trying:
+            if measured:
+                self.typical, self.trying = statistics.median(self._latest()), True
+                self._switch()
+        elif self._slower():
+            self._decide(now, better=False)
+        elif measured and self.typical is not None:
+            self._decide(now, better=statistics.median(self._latest()) < self.typical)
+
+    def _compares(self, now: float) -> bool:
+        """Whether steps are timed now, one by one."""
+        return self.chooses and (self.trying or self.typical is None or now - self.decided > self.pause)
 
     def _latest(self) -> list[float]:
         return list(self.times)[-TRIED:]

@@ -190,9 +190,9 @@ static void backward(Operation *first, long count, const float *x, float *dx, lo
             const bf16 *rows = scores(o, p) ? p->pixels.rows : p->scratch;
             if (!scores(o, p)) linear_turn_shared(o->gradient, m, o->outputs, p->scratch);
             linear_input_shared(rows, o->kept.weights, gate, to, m, o->outputs, o->inputs, slope,
-                                o->turns + omp_get_num_threads());
+                                turns_after(o->turns, 1));
         } else if (o->kind == EXACT)
-            exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope, o->turns + omp_get_num_threads());
+            exact_input_shared(o->gradient, o->w.at, gate, to, m, o->outputs, o->inputs, slope, turns_after(o->turns, 1));
         else if (convolves(o))
             convolution_shared(&shape, o->kind == DOWN, o->gradient, o->w.at, (Forward){0, IDENTITY, 0}, gate, to, 0, slope,
                                p->scratch, alone);
@@ -256,7 +256,6 @@ static void some_parameters(Operation *o, long t, const float *x, long m, const 
 
 /* Those of all operations: first each thread its own, then what others have left. */
 static void parameters(const Plan *p, const float *x, long images, long k, const Adam *adam, bf16 *alone) {
-    int threads = omp_get_num_threads(), me = omp_get_thread_num();
     begin_tiles();
     for (int others = 0; others < 2; others++)
         for (long i = p->encoders + p->decoders - 1; i >= 0; i--) {
@@ -270,8 +269,8 @@ static void parameters(const Plan *p, const float *x, long images, long k, const
                 begin_tiles();
                 continue;
             }
-            Turns *turns = o->turns + 2 * threads;
-            for (long t; (t = others ? next_piece(turns, threads, me) : piece_of(turns + me, 1)) >= 0;)
+            Turns *turns = turns_after(o->turns, 2);
+            for (long t; (t = others ? next_piece(turns) : own_piece(turns)) >= 0;)
                 some_parameters(o, t, input, m, adam, p, alone);
         }
     end_tiles();
@@ -300,8 +299,8 @@ static void begin(Operation *o, long m, int threads) {
     long pieces = (m + ROWS - 1) / ROWS;
     o->size = o->slope = 0;
     deal(o->turns, o->kind == EXACT ? pieces : up(o->outputs) / SIDE, threads);
-    deal(o->turns + threads, o->kind == EXACT ? pieces : up(o->inputs) / SIDE, threads);
-    deal(o->turns + 2 * threads, (o->outputs + step_of(o) - 1) / step_of(o), threads);
+    deal(turns_after(o->turns, 1), o->kind == EXACT ? pieces : up(o->inputs) / SIDE, threads);
+    deal(turns_after(o->turns, 2), (o->outputs + step_of(o) - 1) / step_of(o), threads);
 }
 
 /* One step: images `index` of the source, noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam
@@ -350,17 +349,18 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
 }
 
 /* Steps one after the other, of `batch` images each and fewer in the last, with the constants of each, until one has left the
-   update: what follows that is not known here. Fills (steps, 4): sums as in the plan, and whether the weights were updated. Returns
-   how many there were. */
+   update, since what follows that is not known here, or for so many seconds. Fills (steps, 4): sums as in the plan, and whether the
+   weights were updated. Returns how many there were. */
 long elbo_steps(Plan *p, long steps, const long *index, long images, long batch, const uint64_t *seeds, const float *noise,
-                const float *beta, const Adam *adam, double most, double *told, int threads) {
-    long numbers = p->taken.k * batch * p->codes.dim; /* of the noise of a step */
+                const float *beta, const Adam *adam, double most, double *told, double seconds, int threads) {
+    const long numbers = p->taken.k * batch * p->codes.dim; /* of the noise of a step */
+    const double end = omp_get_wtime() + seconds;
     for (long s = 0; s < steps; s++, told += 4) {
         p->sums = told;
         int updated = elbo_step(p, index + s * batch, seeds[s], noise + s * numbers, least(batch, images - s * batch), beta[s],
                                 adam ? adam + s : 0, most, threads);
         told[3] = updated;
-        if (!updated) return s + 1;
+        if (!updated || omp_get_wtime() > end) return s + 1;
     }
     return steps;
 }

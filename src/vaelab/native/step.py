@@ -38,6 +38,7 @@ from vaelab.native.chain import (
 )
 from vaelab.native.convolutions import rooms
 from vaelab.native.layers import Own
+from vaelab.native.pace import AT_ONCE
 from vaelab.objectives import ELBO, Objective
 from vaelab.optim import Optimiser
 from vaelab.posteriors import Gaussian
@@ -195,13 +196,14 @@ class Fused:
         self._rooms(decoder, rows, first=False)
         both = (*encoder, *decoder)
         self.squares = torch.zeros(sum(_blocks(o) for o in both), dtype=torch.float64)
+        updates = optimiser.adam if optimiser and optimiser.ahead(0, 1) else None
         blocks = 0
         for operation in both:
             operation.squares, operation.turns = self.squares[blocks:].data_ptr(), self._room(TURNS * self.threads)
             blocks += _blocks(operation)
             for parameter in (operation.w, operation.b):
-                if optimiser and parameter.gradient and optimiser.ahead(0, 1):
-                    parameter.mean, parameter.square, parameter.multiple = optimiser.adam.place(parameter.at)
+                if updates and parameter.gradient:
+                    parameter.mean, parameter.square, parameter.multiple = updates.place(parameter.at)
         self.chains = [(Operation * len(chain))(*chain) for chain in (encoder, decoder)]
         widest = max(up(max(o.inputs, o.outputs)) for o in both)
         # in bfloat16 numbers: 32 rows of weights, or of a gradient in float32 beside as many of another, or all of a narrow layer
@@ -256,10 +258,14 @@ class Fused:
         trained = [i for i, o in enumerate(chain) if o.w.gradient or o.b.gradient]
         needed = trained[0] if first and trained else 0  # the first operation whose value's gradient is asked for
         for i, operation in reversed([*enumerate(chain)]):
-            operation.value = self._room(rows * operation.outputs)
+            scored = (
+                not first and operation is chain[-1] and operation.kind == LINEAR
+            )  # neither is ever written, see `_pixels`
+            if not scored:
+                operation.value = self._room(rows * operation.outputs)
             if operation.activation == SILU:
                 operation.slopes = self._room(rows * operation.outputs)
-            if i >= needed:  # in the place of the slopes, each of which is read once
+            if i >= needed and not scored:  # in the place of the slopes, each of which is read once
                 room = chain[i + 1].gradient if _in_place(chain[i + 1 :]) else operation.slopes
                 operation.gradient = room or self._room(rows * operation.outputs)
             if operation.kind == LINEAR:
@@ -268,11 +274,11 @@ class Fused:
                     operation.weights_kept = self._room((up(operation.outputs) + 2) * up(operation.inputs) // 2)
 
     def __call__(self, index: Tensor, noise: Callable[[int], torch.Generator], step: int) -> list[Pass]:
-        """The passes of the steps from `step` on, one for each batch of the images `index` (N,); the last is the first whose
-        update is left to the optimiser.
+        """The passes of the steps from `step` on, one for each batch of the images `index` (N,). There may be fewer, as many as
+        `AT_ONCE` allows; and the last is the first whose update is left to the optimiser.
 
         Args:
-            index: which images, of a few batches (`most`).
+            index: which images, of `most` batches or fewer.
             noise: the generator of a step.
             step: the first of them.
         """
@@ -287,7 +293,7 @@ class Fused:
         made = kernels().elbo_steps(
             ctypes.byref(self.plan), count, index.data_ptr(), len(index), self.batch, self.seeds, self.noise.data_ptr(),
             (ctypes.c_float * count)(*betas),
-            ahead[0] if ahead else None, ahead[1] if ahead else 0.0, self.told.data_ptr(),
+            ahead[0] if ahead else None, ahead[1] if ahead else 0.0, self.told.data_ptr(), AT_ONCE,
             min(self.threads, torch.get_num_threads()),
         )  # fmt: skip
         return [

@@ -5,16 +5,20 @@
 #ifndef TURNS_H
 #define TURNS_H
 
+#include <omp.h>
 #include <stdint.h>
 
 /* A thread's pieces that are left: from the upper half on to before the lower one. Each in lines of its own. */
 typedef struct {
-    uint64_t left, apart[15];
+    uint64_t left;
+    long threads; /* that were dealt to; there may be fewer in the end, if OpenMP has no more */
+    uint64_t apart[14];
 } Turns;
 
 /* Pieces 0 to count - 1 to all threads, before they begin. */
 static inline void deal(Turns *turns, long count, int threads) {
     for (long t = 0; t < threads; t++) {
+        turns[t].threads = threads;
         uint64_t first = (uint64_t)(count * t / threads), end = (uint64_t)(count * (t + 1) / threads);
         turns[t].left = first << 32 | end;
     }
@@ -32,11 +36,17 @@ static inline long piece_of(Turns *whose, int own) {
     }
 }
 
-/* One's own as long as there are some, then those of the next threads. */
-static inline long next_piece(Turns *turns, int threads, int me) {
-    long piece = piece_of(turns + me, 1);
-    for (int other = 1; piece < 0 && other < threads; other++) piece = piece_of(turns + (me + other) % threads, 0);
+/* The calling thread's own. */
+static inline long own_piece(Turns *turns) { return piece_of(turns + omp_get_thread_num(), 1); }
+
+/* Its own as long as there are some, then those of all others. */
+static inline long next_piece(Turns *turns) {
+    long me = omp_get_thread_num(), threads = turns->threads, piece = own_piece(turns);
+    for (long other = 1; piece < 0 && other < threads; other++) piece = piece_of(turns + (me + other) % threads, 0);
     return piece;
 }
+
+/* The turns of another loop, which were dealt to as many threads and lie behind these. */
+static inline Turns *turns_after(Turns *turns, long loops) { return turns + loops * turns->threads; }
 
 #endif
