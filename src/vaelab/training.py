@@ -169,7 +169,7 @@ def fit(
                             skipped += 1
                         step += 1
                     pace.step(len(passes), ahead)
-                    if meter.due():
+                    if meter.due() and meter.steps:  # none if all were left out
                         on_progress(meter.progress(epoch, training, step, steps, now(), skipped))
                     if reason := stop():
                         keep(snapshot())

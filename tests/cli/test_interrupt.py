@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from vaelab.cli.console import interruptible
 from vaelab.errors import RunError
 from vaelab.run import Run, locked
 
@@ -123,3 +124,18 @@ def test_the_processes_of_a_study_that_is_killed_let_go_of_their_runs(study):
             except RunError:
                 assert time.monotonic() < end, "waited too long"
                 time.sleep(0.02)
+
+
+def test_what_nohup_has_said_is_heeded():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received() is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with interruptible() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received() == "SIGHUP"
+    finally:
+        signal.signal(signal.SIGHUP, before)

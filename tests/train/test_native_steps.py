@@ -14,6 +14,7 @@ from torch import nn
 from vaelab.data.protocol import protocol
 from vaelab.errors import Interrupted, NonFiniteError
 from vaelab.likelihoods import GreyCrossEntropy
+from vaelab.meter import Meter
 from vaelab.models.vae import VAE
 from vaelab.native import calls, layers, library, pace, reason
 from vaelab.native import step as step_module
@@ -139,6 +140,23 @@ def test_a_step_that_is_not_finite_ends_a_call(digits, calls_of, what):
         made.append(sum(calls_of))
     assert said[0] == said[1]
     assert what == "stop" or made == [90, 90]
+
+
+def test_progress_of_an_epoch_of_which_all_was_left_out(digits, monkeypatch):
+    """There is none to show, and the error says so."""
+    chosen = recipe("mnist", digits.shape, data="digits", precision="bfloat16", epochs=1, batch_size=16)
+    model = initial_model(chosen)
+    with torch.no_grad():
+        model.encoder.layers[0].weight.fill_(math.nan)
+    monkeypatch.setattr(Meter, "due", lambda self: True)
+    with pytest.raises(NonFiniteError, match="all steps of epoch 1 were skipped"):
+        fit(
+            model,
+            build(chosen.objective),
+            digits,
+            protocol(chosen.protocol),
+            replace(chosen.training, on_nonfinite="skip"),
+        )
 
 
 def test_a_team_that_is_smaller_than_asked_for_does_all_of_it():

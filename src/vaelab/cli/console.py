@@ -152,7 +152,10 @@ class Stages:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], str | None]]:
-    """Ctrl-C, SIGTERM and a closed terminal are noted, for training to finish its step and save; a second one leaves at once."""
+    """Ctrl-C, SIGTERM and a closed terminal are noted, for training to finish its step and save; a second one leaves at once.
+
+    A closed terminal that nohup has told the process not to mind is not.
+    """
     received: list[str] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -160,7 +163,9 @@ def interruptible() -> Iterator[Callable[[], str | None]]:
             raise SystemExit(128 + number)
         received.append(signal.Signals(number).name)
 
-    held = {number: signal.signal(number, handle) for number in ENDING}
+    hangup = getattr(signal, "SIGHUP", None)
+    minded = [number for number in ENDING if number != hangup or signal.getsignal(number) != signal.SIG_IGN]
+    held = {number: signal.signal(number, handle) for number in minded}
     try:
         yield lambda: received[0] if received else None
     finally:
