@@ -30,6 +30,7 @@ from vaelab.priors import StandardNormal
 from vaelab.recipes import recipe
 from vaelab.registry import build
 from vaelab.rng import stream
+from vaelab.schedules import Linear
 from vaelab.training import fit, initial_model
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no kernels here: {reason()}")
@@ -49,7 +50,7 @@ def steps_of(digits, name, batch, clip=0.0, at_once=AHEAD):
     images, index, found = torch.from_numpy(digits.train.pixels), torch.arange(500, 700), []
     with accelerated(model):
         optimiser = Optimiser(model, "adam", 1e-3, lambda done: 1 - done / 2, 100, clip=clip, bfloat16=True)
-        passes = fused(model, build(chosen.objective), images, protocol(chosen.protocol), batch, 1, optimiser)
+        passes = fused(model, ELBO(Linear(0.0, 1.0, 8)), images, protocol(chosen.protocol), batch, 1, optimiser)
         while len(found) * batch < len(index):
             begin = len(found) * batch
             made = passes(index[begin : begin + at_once * batch], noise, len(found))
@@ -233,17 +234,20 @@ def test_no_layer_writes_past_its_scratch(kernels, monkeypatch, threads, size):
 
     monkeypatch.setattr(calls, "scratch", guarded)
     monkeypatch.setattr(layers, "scratch", guarded)
-    x, layer = torch.randn(m, k, generator=stream(0, "x"), requires_grad=True), nn.Linear(k, n)
+    x = torch.randn(m, k, generator=stream(0, "x"), requires_grad=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Linear(k, n)
+    expected = layer(x).detach()
     try:
         torch.set_num_threads(threads)
-        expected = copy.deepcopy(layer)(x.detach()).square().sum()
         with accelerated(layer):
             for _ in range(20):
-                y = layer(x).square().sum()
-                y.backward()
+                y = layer(x)
+                y.sum().backward()
     finally:
         torch.set_num_threads(before)
-    assert y.item() == pytest.approx(expected.item(), rel=2e-2)
+    assert (y - expected).abs().max() < 0.05
     assert len(seen) == 40 and all((room[-4096:] == 7.0).all() for room in seen)
 
 
