@@ -1,6 +1,8 @@
 """What a configuration may ask for: it is counted before the memory is taken, and every outcome is a sentence."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -80,6 +82,51 @@ def test_an_operation_that_cannot_be_foretold_is_counted_afterwards():
         assert len(torch.unique(torch.tensor([1, 1, 2]))) == 2
     with pytest.raises(UsageError, match="numbers were asked for"), budget.Budget(2):
         torch.unique(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: torch.randn(3, 4), lambda: torch.zeros((3, 4)), lambda: torch.full([12], 2.0), lambda: torch.randint(5, (2, 6)),
+    lambda: torch.ones(3, 1)[:, 0].new_empty(12), lambda: torch.empty((3, 4), device="cpu"),
+])  # fmt: skip
+def test_what_an_operation_makes_is_told_by_the_size_it_is_given(make):
+    before = torch.ones(3, 1)  # outside: costs nothing
+    assert before.numel() == 3
+    with budget.Budget(15) as counted:
+        made = make()
+    assert made.numel() == 12 and counted.made in (12, 15)
+    with pytest.raises(UsageError, match="numbers were asked for"), budget.Budget(11):
+        make()
+
+
+@pytest.mark.parametrize("make, numbers", [
+    (lambda a, b: a * b, 12), (lambda a, b: 2 * a, 3), (lambda a, b: a.exp(), 3), (lambda a, b: torch.where(a > 0, a, b), 15),
+    (lambda a, b: torch.maximum(b, a).add(1), 24),
+])  # fmt: skip
+def test_what_is_made_number_by_number_has_the_shape_of_what_is_read_together(make, numbers):
+    a, b = torch.ones(3, 1), torch.ones(4)
+    with budget.Budget(10**6) as counted:
+        make(a, b)
+    assert counted.made == numbers
+    with pytest.raises(UsageError, match="numbers were asked for"), budget.Budget(numbers - 1):
+        make(a, b)
+
+
+def test_shapes_that_do_not_fit_are_torchs_to_refuse():
+    with pytest.raises(RuntimeError, match="must match"), budget.Budget(100):
+        torch.ones(3) + torch.ones(4)
+    with pytest.raises(RuntimeError, match="negative"), budget.Budget(100):
+        torch.zeros(-3)
+
+
+def test_counting_the_labs_model_imports_no_compiler():
+    """torch._dynamo and sympy, which the meta device takes for some operations, are 1.5 s of each process of the lab."""
+    code = (
+        "import sys; from vaelab.recipes import recipe; from vaelab.registry import build\n"
+        "for name in ('mnist', 'mnist-2d', 'vae'): build(recipe(name, (1, 28, 28)).model)\n"
+        "assert 'torch' in sys.modules; print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("fields", [
