@@ -4,11 +4,11 @@ Networks this small use several cores badly: two jobs side by side with one thre
 other with two threads each (docs/results/lab.md). What a job computes depends on what it is given and on its number of
 threads, not on the process it runs in.
 
-The parent and a worker speak through one pipe. The worker says `ready` once torch is there, which takes 2 s, so it is hired
-before anybody knows what there is to do; it is given its number of threads and the data, then one job after another; it
-answers with progress (`begin`, `update`, `end`) and with `done` or `failed`. What the parent says while a job is worked on
-is why to stop: the worker ends its step and saves, as a training in the parent would. A pipe that closes says that the other
-side is gone. Signals are the parent's business, workers ignore them.
+The parent and a worker speak through one pipe. A worker says `ready` once torch is there, which takes 2 s, so it is hired before
+anybody knows what there is to do, and begins when there is something. It is given its number of threads and the data, then one
+job after another; it answers with progress (`begin`, `update`, `end`) and with `done` or `failed`. What the parent says while a
+job is worked on is why to stop: the worker ends its step and saves, as a training in the parent would. A pipe that closes says
+that the other side is gone. Signals are the parent's business, workers ignore them.
 """
 
 import multiprocessing
@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection as pipes
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from vaelab.errors import ENDING, Interrupted, UsageError, VaelabError, WorkerDied
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
     from multiprocessing.process import BaseProcess
 
     from vaelab.data.datasets import Dataset
@@ -37,6 +38,15 @@ Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]
 Stop = Callable[[], str | None]
 """Says whether to stop, and why: the name of a signal."""
 
+IMPORTED = (
+    "vaelab.cells",
+    "vaelab.running",
+    "sklearn.linear_model",
+    "sklearn.neighbors",
+    "sklearn.mixture",
+    "matplotlib.figure",
+)
+"""What all workers need and takes long to import: torch above all, then what measures codes, and what draws."""
 GRACE = 1.0
 """Seconds that a worker has to save what it does once its parent is gone."""
 WITHIN = "the same command goes on from there"
@@ -121,14 +131,22 @@ def _one_after_another(jobs: Sequence[Job], desk: Desk) -> list[Any]:
 
 @dataclass
 class Worker:
-    """A process, the pipe to it, the line of progress that it fills, and what it works on."""
+    """A process, the pipe to it, its end of that, the line of progress that it fills, and what it works on."""
 
     process: "BaseProcess"
     pipe: "pipes.Connection[Any, Any]"
+    other: "pipes.Connection[Any, Any]"
     line: ExitStack
     update: Callable[[float, str], None] = lambda done, text: None
     job: int | None = None
     ready: bool = False
+
+    def begin(self) -> None:
+        """Start the process, if it was not; of a fork server that still imports, this waits for it."""
+        if self.process.pid is None:
+            with _deaf():
+                self.process.start()
+            self.other.close()
 
     def say(self, message: Any) -> None:
         with suppress(OSError):  # it has ended, or died, which is heard next
@@ -149,8 +167,15 @@ def hired(workers: int, most: int, device: str) -> Iterator[list[Worker]]:
     cores = _cores()
     count = min(workers or cores, most) if device.partition(":")[0] == "cpu" else 1
     with ExitStack() as stack:
-        threads = max(1, cores // count)
-        yield [stack.enter_context(_worker(threads)) for _ in range(count)] if count > 1 else []
+        staff: list[Worker] = []
+        if count > 1:
+            threads = max(1, cores // count)
+            context = _context(threads)
+            staff += [stack.enter_context(_worker(context, threads)) for _ in range(count)]
+            if context.get_start_method() == "spawn":  # whose start nobody waits for
+                for worker in staff:
+                    worker.begin()
+        yield staff
 
 
 def _cores() -> int:
@@ -165,20 +190,44 @@ def _cores() -> int:
 
 
 @contextmanager
-def _worker(threads: int) -> Iterator[Worker]:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
+def _worker(context: "SpawnContext | ForkServerContext", threads: int) -> Iterator[Worker]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, threads))
-    with _deaf():
-        process.start()
-    theirs.close()
     try:
         with ExitStack() as line:
-            yield Worker(process, ours, line)
+            yield Worker(process, ours, theirs, line)
     finally:
         ours.close()
-        process.kill()
-        process.join()
+        theirs.close()
+        if process.pid is not None:
+            process.kill()
+            process.join()
+
+
+def _context(threads: int) -> "SpawnContext | ForkServerContext":
+    """How workers are made; a server begins to import. On macOS what torch computes with does not survive a fork."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))  # heeded where no server runs yet
+    with _deaf(), _said(OMP_NUM_THREADS=str(threads)):
+        forkserver.ensure_running()
+    return context
+
+
+@contextmanager
+def _said(**variables: str) -> Iterator[None]:
+    """The environment of what is started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -252,6 +301,8 @@ def _side_by_side(jobs: Sequence[Job], data: "Dataset", staff: Sequence[Worker],
     def present() -> list[Worker]:
         return [worker for worker in staff if not worker.pipe.closed]
 
+    for worker in staff:
+        worker.begin()
     while there := present():
         heard = pipes.wait([worker.pipe for worker in there], 0.1)
         for worker in there:

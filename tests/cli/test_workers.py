@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vaelab import crew
 from vaelab.cells import Task, plan
@@ -174,6 +175,24 @@ def test_a_job_waits_for_those_it_needs_and_for_no_other(tmp_path):
     with hired(2, 4, "cpu") as staff:
         found = perform(jobs, str(tmp_path / "done"), staff, device="cpu", stage=unseen, stop=lambda: None)
     assert found == [("long",), ("second",), ("third", "second"), ("last", "long", "third")]
+
+
+def found_there(desk):
+    """A job: what of `IMPORTED` is missing before anything was asked for, and the threads that libraries were told of."""
+    return (
+        {name for name in crew.IMPORTED if name not in sys.modules},
+        os.environ["OMP_NUM_THREADS"],
+        torch.get_num_threads(),
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no fork server: each worker imports for itself")
+def test_a_worker_has_its_libraries_from_the_start_and_they_its_number_of_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    jobs = [Job(str(i), found_there) for i in range(4)]
+    with hired(2, 4, "cpu") as staff:
+        assert os.environ["OMP_NUM_THREADS"] == "2"
+        assert perform(jobs, None, staff, device="cpu", stage=unseen, stop=lambda: None) == [(set(), "1", 1)] * 4
 
 
 @pytest.mark.parametrize(("workers", "most", "device"), [(0, 6, "cpu"), (1, 6, "cpu"), (2, 1, "cpu"), (2, 6, "cuda")])

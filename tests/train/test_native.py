@@ -327,6 +327,34 @@ def test_processes_that_begin_together_compile_once(tmp_path):
     assert one and one == other
 
 
+def test_what_was_compiled_ahead_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_beside", [])
+    build.ahead()
+    (beside,) = build._beside
+    tiles = "amx_bf16" in build.abilities()
+    assert isinstance(build.load.__wrapped__(tiles), ctypes.CDLL)  # after it has waited
+    assert beside.wait(60) == 0
+    (kept,) = (tmp_path / "native").iterdir()
+    monkeypatch.setenv("CC", "false")
+    assert isinstance(build.load.__wrapped__(tiles), ctypes.CDLL)
+    build.ahead()
+    assert build._beside == [beside]  # there is nothing to do
+    kept.unlink()
+    build.keep()
+    assert not kept.exists()  # that compiler does nothing, and nobody is told: `library` will
+
+
+@pytest.mark.parametrize("name, value", [("VAELAB_KERNELS", "torch"), ("VAELAB_CACHE", "/dev/null/x")])
+def test_nothing_is_compiled_ahead_that_nobody_would_find(monkeypatch, tmp_path, name, value):
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(build, "_beside", [])
+    build.ahead()
+    build.keep()
+    assert not build._beside and not list(tmp_path.iterdir())
+
+
 def test_what_is_compiled_is_used_again_whatever_the_umask(monkeypatch, tmp_path):
     monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
     before = os.umask(0o002)

@@ -42,9 +42,11 @@ def _body(name: str) -> Any:
         start = time.perf_counter()
         given = {key: value for key, value in fields.items() if value is not None}
         recipe(study(name).recipe, **{k: v for k, v in given.items() if k != "data"})  # out-of-range values end here
+        from vaelab import native
         from vaelab.crew import check_workers, hired
 
         check_workers(workers)
+        native.ahead()
         with hired(workers, len(study(name).arms) * max(1, seeds), device) as staff:  # they import torch meanwhile
             from vaelab.cli.common import absolute, check_device, load_data
             from vaelab.explore.runtime import fetch_ahead

@@ -98,6 +98,9 @@ def _body(name: str) -> Any:
     ) -> None:
         _check_every(checkpoint_every)
         recipe(name, **fields)  # out-of-range values end here, before data is fetched or torch imported
+        from vaelab import native
+
+        native.ahead()
         from vaelab.cli.common import absolute, check_device, load_data
 
         check_device(device)

@@ -35,6 +35,6 @@ asks for that.
     pace.py           how many threads, and how many steps at once
 """
 
-from vaelab.native.build import library, reason
+from vaelab.native.build import ahead, library, reason
 
-__all__ = ["library", "reason"]
+__all__ = ["ahead", "library", "reason"]

@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,10 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from vaelab.data.store import cache_dir
 from vaelab.errors import UsageError
 
+HERE = Path(__file__).parent
 # those that take longest to compile first
 SOURCES = (
     "convolution.c",
@@ -98,7 +98,11 @@ def abilities() -> list[str]:
     """Those of the processor that the kernels are compiled for. Raises where it lacks what they need."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise _Unavailable("vaelab's own are for Linux on x86-64")
-    able = sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)
+    try:
+        told = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        raise _Unavailable("the system does not say what the processor can do") from None
+    able = sorted(set(told.partition(":")[2].split()))
     if "avx512_bf16" not in able:
         raise _Unavailable("vaelab's own need a processor with avx512_bf16")
     return able
@@ -107,31 +111,70 @@ def abilities() -> list[str]:
 @cache
 def load(tiles: bool) -> ctypes.CDLL:
     """The kernels with or without tile registers. Raises where they cannot be compiled or used."""
-    flags = FLAGS if tiles else (*FLAGS, *WITHOUT_TILES)
-    here = Path(__file__).parent
-    digest = hashlib.sha256(repr((flags, abilities(), torch.__version__)).encode())
-    for path in sorted(here.glob("*.[ch]")):
-        digest.update(path.read_bytes())
-    name = f"kernels-{digest.hexdigest()[:24]}.so"
-    kept = cache_dir() / "native" / name
+    name = _name(tiles)
     with suppress(
         OSError
     ):  # a cache that cannot be written: the kernels are then compiled for this process only, below
-        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _own(kept.parent) and _own(kept.parent.parent, 0o002):
+        if (kept := _kept(name)) is not None:
             if (there := _there(kept)) is not None:
                 return there
             with _alone(kept.parent):  # the workers of a study all want them at once
                 if (there := _there(kept)) is not None:
                     return there
-                _compile(flags, here, kept)
+                _compile(tiles, kept)
                 return _open(kept)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _compile(flags, here, Path(folder) / name)
+            _compile(tiles, Path(folder) / name)
             return _open(Path(folder) / name)
     except OSError as error:
         raise _Unavailable(f"vaelab's own cannot be loaded ({error})") from None
+
+
+def ahead() -> None:
+    """Begin to compile, in a process of its own, what `library` will wait for: while this one imports torch, say."""
+    with suppress(_Unavailable, OSError):
+        if (kept := _wanted()) is not None and not kept.is_file():
+            nowhere = subprocess.DEVNULL
+            command = [sys.executable, "-c", "from vaelab.native import build; build.keep()"]
+            _beside.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
+
+
+_beside: list[subprocess.Popen[bytes]] = []
+"""Processes that compile; they end by themselves."""
+
+
+def keep() -> None:
+    """Compile what `library` will want, where it can be kept and is not. It needs no torch."""
+    with suppress(_Unavailable, OSError):
+        if (kept := _wanted()) is not None:
+            with _alone(kept.parent):
+                if not kept.is_file():
+                    _compile("amx_bf16" in abilities(), kept)
+
+
+def _wanted() -> Path | None:
+    """Where the kernels of this processor are kept, or will be; None where nothing can be kept, or torch's are asked for."""
+    return _kept(_name("amx_bf16" in abilities())) if os.environ.get("VAELAB_KERNELS", "auto") in ("", "auto") else None
+
+
+def _flags(tiles: bool) -> tuple[str, ...]:
+    return FLAGS if tiles else (*FLAGS, *WITHOUT_TILES)
+
+
+def _name(tiles: bool) -> str:
+    """Holds the checksum of all that the kernels are made from."""
+    digest = hashlib.sha256(repr((_flags(tiles), abilities())).encode())
+    for path in sorted(HERE.glob("*.[ch]")):
+        digest.update(path.read_bytes())
+    return f"kernels-{digest.hexdigest()[:24]}.so"
+
+
+def _kept(name: str) -> Path | None:
+    """The place in the cache of what is called `name`; None where others could write there. Raises OSError."""
+    folder = cache_dir() / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / name if _own(folder) and _own(folder.parent, 0o002) else None
 
 
 def _there(kept: Path) -> ctypes.CDLL | None:
@@ -162,13 +205,13 @@ def _own(path: Path, others: int = 0o022) -> bool:
     return found.st_uid == os.getuid() and not found.st_mode & others
 
 
-def _compile(flags: Sequence[str], sources: Path, to: Path) -> None:
+def _compile(tiles: bool, to: Path) -> None:
     compiler = shlex.split(os.environ.get("CC", "")) or [*filter(shutil.which, COMPILERS)][:1]
     if not compiler:
         raise _Unavailable(f"there is no C compiler ({', '.join(COMPILERS)})")
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         objects = [f"{folder}/{name}.o" for name in SOURCES]
-        commands = [[*compiler, *flags, "-c", str(sources / name), "-o", made]
+        commands = [[*compiler, *_flags(tiles), "-c", str(HERE / name), "-o", made]
                     for name, made in zip(SOURCES, objects, strict=True)]  # fmt: skip
         with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
             list(side_by_side.map(_run, commands))
@@ -191,6 +234,8 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _open(path: Path) -> ctypes.CDLL:
+    import torch  # noqa: F401 - whose OpenMP they use
+
     opened = ctypes.CDLL(str(path))
     if opened.vaelab_begin() != 0:
         raise _Unavailable("the system does not give the processor's tile registers")
