@@ -134,9 +134,10 @@ def likelihood(rounds: int) -> None:
 def start(rounds: int) -> None:
     """Seconds of `vaelab --help` and to the first step of training; memory of training MNIST."""
     first = (
+        "import gc; gc.disable()\n"  # as the command does
         "import os, sys, vaelab.optim as o; step = o.Optimiser.step\n"
         "def stop(self, *a, **k):\n    step(self, *a, **k); os._exit(0)\n"
-        "o.Optimiser.step = stop\nfrom vaelab.cli import main\n"
+        "o.Optimiser.step = stop\nfrom vaelab.__main__ import main\n"
         "sys.argv = ['vaelab', 'train', 'mnist', '--out', sys.argv[1]]\nmain()"
     )
     helps, firsts = [], []

@@ -38,15 +38,6 @@ Stage = Callable[[str], AbstractContextManager[Callable[[float, str], None]]]
 Stop = Callable[[], str | None]
 """Says whether to stop, and why: the name of a signal."""
 
-IMPORTED = (
-    "vaelab.cells",
-    "vaelab.running",
-    "sklearn.linear_model",
-    "sklearn.neighbors",
-    "sklearn.mixture",
-    "matplotlib.figure",
-)
-"""What all workers need and takes long to import: torch above all, then what measures codes, and what draws."""
 GRACE = 1.0
 """Seconds that a worker has to save what it does once its parent is gone."""
 WITHIN = "the same command goes on from there"
@@ -209,7 +200,7 @@ def _context(threads: int) -> "SpawnContext | ForkServerContext":
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))  # heeded where no server runs yet
+    context.set_forkserver_preload(["vaelab.preload"])  # heeded where no server runs yet
     with _deaf(), _said(OMP_NUM_THREADS=str(threads)):
         forkserver.ensure_running()
     return context

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vaelab.data.datasets import Dataset
 from vaelab.data.store import cache_dir
+from vaelab.native.layers import accelerated_layers
 from vaelab.precision import choose
 from vaelab.rng import stream, stream_seed
 from vaelab.run import replacing
@@ -49,7 +50,7 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
     @torch.no_grad()
-    def probabilities(self, x: Tensor, batch_size: int = 2000) -> Tensor:
+    def probabilities(self, x: Tensor, batch_size: int = 500) -> Tensor:
         """Class probabilities (N, classes)."""
         return torch.cat([self(part).softmax(-1) for part in x.split(batch_size)])
 
@@ -120,24 +121,27 @@ def _trained(data: Dataset, epochs: int, seed: int, on_progress: Callable[[float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "classifier"))
         model = Classifier(data.shape, _classes(data))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     peak = 6e-3
     optimiser = torch.optim.Adam(model.parameters(), peak, fused=True)
     step = 0
-    for epoch in range(epochs):
-        noise = stream(seed, "classifier", epoch)
-        for index in torch.randperm(len(pixels), generator=noise).split(batch):
-            x = _shift(pixels[index], noise).float().div_(255)
-            with precision.autocast(torch.device("cpu")):
-                logits = model(x.to(memory_format=torch.channels_last))
-            F.cross_entropy(logits.float(), labels[index]).backward()
-            done = step / steps
-            optimiser.param_groups[0]["lr"] = peak * min(1.0, 10 * done + 0.02) * (1 - done)
-            optimiser.step()
-            optimiser.zero_grad()
-            step += 1
-            if step % 20 == 0:
-                on_progress(step / steps)
+    with precision.networks(model):
+        layout = (
+            torch.contiguous_format if accelerated_layers(model) else torch.channels_last
+        )  # as who computes reads images
+        for epoch in range(epochs):
+            noise = stream(seed, "classifier", epoch)
+            for index in torch.randperm(len(pixels), generator=noise).split(batch):
+                x = _shift(pixels[index], noise).float().div_(255)
+                with precision.autocast(torch.device("cpu")):
+                    logits = model(x.to(memory_format=layout))
+                F.cross_entropy(logits.float(), labels[index]).backward()
+                done = step / steps
+                optimiser.param_groups[0]["lr"] = peak * min(1.0, 10 * done + 0.02) * (1 - done)
+                optimiser.step()
+                optimiser.zero_grad()
+                step += 1
+                if step % 20 == 0:
+                    on_progress(step / steps)
     model.eval()
     return model
 

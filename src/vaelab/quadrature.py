@@ -29,7 +29,8 @@ from torch import Tensor
 from vaelab.distributions import Distribution
 from vaelab.errors import UsageError
 from vaelab.models.vae import VAE
-from vaelab.native.shares import BinaryImages
+from vaelab.native.decoder import FINE, FULL, Decoder
+from vaelab.native.shares import BinaryImages, Undecoded
 from vaelab.priors import StandardNormal
 from vaelab.training import evaluating
 
@@ -40,6 +41,8 @@ LOOK = 7.0
 """A tile within so many nats of an image's total is split at least twice for it, whatever the first split changed."""
 TOGETHER = 16
 """Split tiles whose nodes are decoded in one go."""
+CHECKED = 256
+"""Images whose log p(x|z) decides whether 16 bits of the decoder's numbers are enough."""
 BEYOND = 15.0
 RESOLVED = 1e-3
 """How far from one a prior's mass on fine tiles may be."""
@@ -150,6 +153,7 @@ class _Integral:
         self.children = np.stack([c.ravel() for c in corners], 1)
         self.points = 0
         self.bits = BinaryImages.of(x)
+        self.decoder: Decoder | None = None
         if not isinstance(model.prior, StandardNormal):
             self._check_resolved(x)
 
@@ -178,6 +182,7 @@ class _Integral:
 
     def run(self, max_radius: float, on_progress: Callable[[float], None]) -> Quadrature:
         codes, best = self._codes()
+        self.decoder = self._decoder(codes, best)
         tiles, values, ring_share, beyond, radius = self._expand(codes, best, max_radius)
         on_progress(0.5)
         reference = np.full(self.n, -np.inf)
@@ -216,6 +221,23 @@ class _Integral:
             codes.append(_numpy(mean))
             best.append(_numpy(self.model.decode(mean.unsqueeze(0), label).log_prob(part)[0]))
         return np.concatenate(codes), np.concatenate(best)
+
+    def _decoder(self, codes: np.ndarray, best: np.ndarray) -> Decoder | None:
+        """What decodes in the kernels: of numbers of 16 bits where log p(x|z) of images at their codes is off by no more than a
+        quarter of `tolerance` (root mean square), else of float32. None for torch."""
+        some = np.linspace(0, self.n - 1, min(CHECKED, self.n)).astype(np.int64)
+        for parts in (FINE, FULL):
+            if self.bits is None or (found := self.bits.decoder(self.model.likelihood, len(self.nodes), parts)) is None:
+                return None
+            if parts < FULL:
+                z = torch.from_numpy(codes[some]).to(self.x)
+                label = None if self.label is None else self.label.expand(len(z))
+                here = Undecoded(found, found.inputs(z.unsqueeze(0), label))
+                log_px, _ = self.bits.shares(here, z.new_zeros(len(z)), len(z), some)
+                if not np.square(_numpy(log_px.diagonal()) - best[some]).mean() <= (self.tolerance / 4) ** 2:
+                    continue
+            return found
+        return None
 
     def _expand(
         self, codes: np.ndarray, best: np.ndarray, max_radius: float
@@ -258,20 +280,25 @@ class _Integral:
         """log of the prior's mass outside the ball that the tiles certainly cover: their centres reach `radius`."""
         return self.prior.log_tail(radius - math.sqrt(self.dim) / 2)
 
-    def _decode(self, centres: np.ndarray, side: float) -> tuple[Distribution, Tensor]:
+    def _decode(self, centres: np.ndarray, side: float) -> tuple[Distribution | Undecoded, Tensor]:
         """p(x|z) at the nodes of tiles, batch shape (1, G), and log of p(z) times the node's weight, (G,)."""
         z = torch.from_numpy((centres[:, None, :] + side * self.nodes).reshape(-1, self.dim)).to(self.x)
         self.points += len(z)
         weights = torch.from_numpy(np.tile(self.log_weights, len(centres)) + self.dim * math.log(side))
         label = None if self.label is None else self.label.expand(len(z))
         log_pz = self.prior.log_prob(z.unsqueeze(1)).flatten()  # (G, 1, D) to (G,)
+        if self.decoder is not None:
+            return Undecoded(self.decoder, self.decoder.inputs(z.unsqueeze(0), label)), log_pz + weights.to(z)
         return self.model.decode(z.unsqueeze(0), label), log_pz + weights.to(z)
 
-    def _share(self, px: Distribution, log_pz: Tensor, tiles: int, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _share(
+        self, px: Distribution | Undecoded, log_pz: Tensor, tiles: int, images: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """log of each tile's share of each image's integral, (T, I), and the largest log p(x|z) seen, (I,)."""
         if self.bits is not None and self.bits.serve(px, len(self.nodes)):
             share, best = self.bits.shares(px, log_pz, tiles, images)
             return _numpy(share), _numpy(best)
+        assert isinstance(px, Distribution)
         chosen = self.x if len(images) == self.n else self.x[torch.from_numpy(images).to(self.x.device)]
         log_px = px.cross_log_prob(chosen)
         joint = (log_px + log_pz[:, None]).unflatten(0, (tiles, -1))

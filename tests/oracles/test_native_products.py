@@ -1,5 +1,6 @@
 """Products of float32 logits in three parts, sums over groups of codes and over rows: against float64 and torch."""
 
+import copy
 import math
 
 import numpy as np
@@ -10,8 +11,9 @@ from torch import nn
 from vaelab import likelihoods, pixels, posteriors, priors
 from vaelab.models.vae import VAE
 from vaelab.native import library, reason
-from vaelab.native.shares import BinaryImages, log_sums
-from vaelab.nn import MLP
+from vaelab.native.decoder import FINE, FULL, Decoder
+from vaelab.native.shares import CHUNK, BinaryImages, Undecoded, log_sums
+from vaelab.nn import MLP, AroundMean, FourierMLP, WithLabel
 from vaelab.quadrature import log_likelihood
 from vaelab.rng import stream
 
@@ -75,6 +77,102 @@ def test_neither_threads_nor_company_are_of_any_matter(kernels):
     again = measured(logits, weight, x, 2)
     assert torch.equal(again[0], share) and torch.equal(again[1], best)
     assert torch.equal(alone[0], share[1, some]) and (alone_best <= best[some]).all()
+
+
+SHAPE = (1, 7, 5)
+DECODERS = {
+    "one layer": lambda: MLP((2,), (), SHAPE, exact_input=False),
+    "relu": lambda: MLP((2,), (40,), SHAPE),
+    "deep": lambda: MLP((2,), (20, 65, 33), SHAPE, "silu"),
+    "sines": lambda: AroundMean(FourierMLP((2,), (70, 33), SHAPE), SHAPE),
+    "labelled": lambda: WithLabel(MLP((2 + 4,), (64,), SHAPE), 4),
+}
+
+
+@torch.no_grad()
+def dense(name, scale=3.0):
+    """A likelihood with a dense decoder whose logits are large, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        likelihood = likelihoods.Bernoulli(DECODERS[name]()).eval()
+    for part in likelihood.modules():
+        if isinstance(part, AroundMean):
+            part.start_at(torch.linspace(0, 1, 35).view(SHAPE))
+        if isinstance(part, nn.Linear):
+            part.weight.mul_(scale)
+    return likelihood
+
+
+@torch.no_grad()
+def decoded(likelihood, z, c, weight, x, groups, parts):
+    """What the kernels find of codes that they decode themselves, and what float64 does."""
+    decoder = Decoder.of(likelihood, parts)
+    found = BinaryImages.of(x).shares(Undecoded(decoder, decoder.inputs(z, c)), weight, groups, np.arange(len(x)))
+    logits = copy.deepcopy(likelihood).double()(z.double(), c).logits[0].flatten(1)
+    return found, expected(logits, weight, x.flatten(1), groups), decoder
+
+
+@pytest.mark.parametrize("parts, within", [(FINE, 1e-3), (FULL, 2e-5)])
+@pytest.mark.parametrize("groups, group", [(3, 8), (3, 32), (5, 64), (1, 3 * CHUNK), (2, 96)])
+@pytest.mark.parametrize("name", DECODERS)
+def test_codes_that_are_decoded_on_the_way_have_the_shares_of_float64(kernels, name, groups, group, parts, within):
+    """Also where codes are more than a thread takes at a time, or do not fill what it takes."""
+    z, weight, x = normal(1, groups * group, 2), 3 * normal(groups * group, seed=1), bits(41, 35).view(-1, *SHAPE)
+    c = torch.arange(groups * group) % 4 if name == "labelled" else None
+    found, exact, decoder = decoded(dense(name), z, c, weight, x, groups, parts)
+    assert torch.allclose(found[0].double(), exact[0], rtol=1e-6, atol=within)
+    assert torch.allclose(found[1].double(), exact[1], rtol=1e-6, atol=within)
+    assert decoder.parts == parts and decoder.pixels == 35
+
+
+def test_three_parts_decode_as_exactly_as_torch_and_two_a_tenth_as_exactly(kernels):
+    likelihood, z, x = dense("deep"), normal(1, 640, 2), bits(64, 35).view(-1, *SHAPE)
+    exact = decoded(likelihood, z, None, torch.zeros(640), x, 640, FULL)[1][0]
+    off = {parts: (decoded(likelihood, z, None, torch.zeros(640), x, 640, parts)[0][0] - exact).square().mean().sqrt()
+           for parts in (FINE, FULL)}  # fmt: skip
+    theirs = (likelihood(z).cross_log_prob(x)[:, :].double() - exact).square().mean().sqrt()
+    assert off[FULL] < 1.3 * theirs
+    assert 2 * off[FULL] < off[FINE] < 30 * theirs
+
+
+def test_neither_threads_nor_company_are_of_any_matter_to_what_is_decoded(kernels):
+    decoder, x, z, weight = (
+        Decoder.of(dense("sines"), FINE),
+        BinaryImages.of(bits(200, 35)),
+        normal(1, 640, 2),
+        normal(640),
+    )
+    inputs = decoder.inputs(z, None).detach()
+    one = x.shares(Undecoded(decoder, inputs), weight, 10, np.arange(200))
+    some = np.array([150, 3, 77])
+    alone, _ = x.shares(Undecoded(decoder, inputs).select(slice(64, 192)), weight[64:192], 2, some)
+    assert torch.equal(alone, one[0][1:3, some])
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        again = x.shares(Undecoded(decoder, inputs), weight, 10, np.arange(200))
+        assert all(map(torch.equal, again, one))
+
+
+@pytest.mark.parametrize("tolerance, scale, parts", [(1e-3, 1.0, FINE), (1e-6, 1.0, FULL), (1e-3, 10.0, FULL)])
+def test_quadrature_decodes_in_16_bits_where_that_is_enough(monkeypatch, tolerance, scale, parts):
+    if not library().vaelab_tiles():
+        pytest.skip("without tiles torch decodes")
+    model, x = two_dimensional(dense("deep", scale)), bits(50, 35).view(-1, *SHAPE)
+    made, of = [], Decoder.of
+    monkeypatch.setattr(Decoder, "of", classmethod(lambda cls, *given: made.append(of(*given)) or made[-1]))
+    found = log_likelihood(model, x, tolerance=tolerance)
+    assert [decoder.parts for decoder in made] == ([FINE] if parts == FINE else [FINE, FULL])
+    monkeypatch.setattr(BinaryImages, "decoder", lambda *_: None)
+    by_torch = log_likelihood(model, x, tolerance=tolerance)
+    assert len(made) == (1 if parts == FINE else 2)
+    assert np.abs(found.log_px - by_torch.log_px).max() < (2e-4 if parts == FINE else 1e-4)
+
+
+def two_dimensional(likelihood):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = MLP(SHAPE, (), (8,), out_activation=True)
+        return VAE(encoder, posteriors.Gaussian(8, 2), priors.StandardNormal(2), likelihood)
 
 
 def test_weights_of_nothing_and_logits_that_are_no_numbers(kernels):

@@ -9,6 +9,7 @@ from vaelab import likelihoods, posteriors, priors
 from vaelab.evaluation import importance_sampled
 from vaelab.models.vae import VAE
 from vaelab.native import layers, library, reason
+from vaelab.native.decoder import COARSE, Decoder
 from vaelab.native.scoring import Scorer
 from vaelab.nn import MLP, AroundMean, ConvDecoder, FourierMLP, WithLabel
 from vaelab.rng import stream
@@ -41,7 +42,7 @@ def test_a_score_is_the_sum_over_pixels_in_float64(kernels, codes, width, pixels
     last = nn.Linear(width, pixels)
     last.weight.mul_(10)
     constant = torch.linspace(-30, 30, pixels)
-    score = Scorer(likelihoods.Bernoulli(nn.Identity()), [last], constant)
+    score = Scorer(Decoder(likelihoods.Bernoulli(nn.Identity()), [last], constant, COARSE))
     z, x = 4 * torch.randn(1, codes, width), torch.rand(1, 1, 1, pixels)
     logits = rounded(z[0]) @ rounded(last.weight).T + (last.bias + constant).double()
     expected = (x.flatten() * logits - torch.nn.functional.softplus(logits, threshold=40)).sum(1)

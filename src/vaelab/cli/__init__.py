@@ -1,5 +1,6 @@
 """The command line: one short module per command, registered by import path so that `--help` imports no torch."""
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -52,18 +53,15 @@ def app() -> App:
     return root
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and leave with its exit code."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
-
-
 def run(arguments: Sequence[str]) -> int:
     """Run a command; returns its exit code. Errors of the user's become one message, `--debug` adds the traceback."""
     from vaelab.cli import console
 
     debug = "--debug" in arguments
     try:
-        app()(list(arguments), print_error=False, exit_on_error=False, result_action="return_value")
+        command, bound, _ = app().parse_args(list(arguments), print_error=False, exit_on_error=False)
+        gc.enable()
+        command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
     except VaelabError as error:
         console.error(str(error), debug)

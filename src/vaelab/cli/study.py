@@ -44,14 +44,17 @@ def _body(name: str) -> Any:
         recipe(study(name).recipe, **{k: v for k, v in given.items() if k != "data"})  # out-of-range values end here
         from vaelab import native
         from vaelab.crew import check_workers, hired
+        from vaelab.heap import importing
 
         check_workers(workers)
         native.ahead()
         with hired(workers, len(study(name).arms) * max(1, seeds), device) as staff:  # they import torch meanwhile
-            from vaelab.cli.common import absolute, check_device, load_data
-            from vaelab.explore.runtime import fetch_ahead
-            from vaelab.report.page import text_table
-            from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
+            with importing():
+                from vaelab import training  # noqa: F401
+                from vaelab.cli.common import absolute, check_device, load_data
+                from vaelab.explore.runtime import fetch_ahead
+                from vaelab.report.page import text_table
+                from vaelab.studies import PAGE, recipes_of, run_study, write_explorer
 
             check_device(device)
             stages = console.Stages(output)

@@ -106,10 +106,13 @@ def _body(name: str) -> Any:
         check_device(device)
         stages = console.Stages(output)
         data = load_data(fields["data"], data_dir, stages)
-        import torch
+        from vaelab.heap import importing
 
-        from vaelab.precision import choose
-        from vaelab.running import train
+        with importing():
+            import torch
+
+            from vaelab.precision import choose
+            from vaelab.running import train
 
         path = out or _free(name)
         fields["data"] = absolute(fields["data"])

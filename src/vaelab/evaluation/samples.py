@@ -129,7 +129,7 @@ def _frechet(classifier: Classifier, one: Tensor, other: Tensor) -> Quantity:
 
 
 @torch.no_grad()
-def features_of(classifier: Classifier, images: Tensor, batch_size: int = 2000) -> np.ndarray:
+def features_of(classifier: Classifier, images: Tensor, batch_size: int = 500) -> np.ndarray:
     """The last hidden layer of the classifier (N, 128), float64, for images (N, C, H, W) in [0, 1]."""
     return np.concatenate([to_numpy(classifier.features(part)) for part in images.split(batch_size)])
 

@@ -48,16 +48,17 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "convolution_room": (*[_pointer] * 2,),
     "batch": (*[_pointer] * 2, _long, ctypes.c_uint64, _pointer, *[_long] * 2, _int),
     "bernoulli": (*[_pointer] * 4, *[_long] * 3, _int),
-    "pack_rows": (*[_pointer] * 2, *[_long] * 2),
+    "pack_rows": (*[_pointer] * 2, *[_long] * 2, _int),
     "score_codes": (*[_pointer] * 4, _long, *[_pointer] * 3, _long, _pointer, _int),
     "pack_images": (*[_pointer] * 2, *[_long] * 2, _int),
-    "shares": (*[_pointer] * 8, *[_long] * 4, _pointer, _int),
+    "shares": (*[_pointer] * 4, _long, _int, *[_pointer] * 8, *[_long] * 5, _pointer, _int),
+    "vaelab_tiles": (),
     "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
     "elbo_steps": (_pointer, _long, _pointer, *[_long] * 2, *[_pointer] * 4, _double, _pointer, _double, _int),
     "adam": (*[_pointer] * 6, _long, _pointer, _int, _int),
     "squares": (*[_pointer] * 2, *[_long] * 2, _int),
 }
-RESULTS: dict[str, type] = {"squares": _double, "elbo_steps": _long}
+RESULTS: dict[str, type] = {"squares": _double, "vaelab_tiles": _int, "elbo_steps": _long}
 
 
 class _Unavailable(Exception):

@@ -11,3 +11,12 @@ int vaelab_begin(void) {
     return 0;
 #endif
 }
+
+/* Whether products are those of the tiles. */
+int vaelab_tiles(void) {
+#ifdef __AMX_BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}

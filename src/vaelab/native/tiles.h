@@ -7,7 +7,7 @@
 
    A float32 number is the sum of three bfloat16 numbers, a = a0 + a1 + a2, each 2^-8 of the one before. With three parts of
    both sides, the six products a_p b_q with p + q < 3 give what float32 products would (Henry, Tang & Heinecke 2019,
-   arXiv 1904.06376); with one part it is a product of bfloat16 numbers.
+   arXiv 1904.06376); with two, three products give 16 bits of the 24; with one part it is a product of bfloat16 numbers.
 
    Two forms of the same sums: with the tile registers (AMX: 8 tiles of 16 rows of 64 bytes, 16 x 16 x 32 products an
    instruction; Intel's architecture instruction set extensions, chapter 3), and with AVX-512's dot product of pairs. */
@@ -25,6 +25,7 @@ typedef uint16_t bf16;
 #define SIDE 32 /* of a block of C */
 #define HALF 16 /* float32 numbers in a register; columns of a panel */
 #define COARSE 1 /* parts of a number: bfloat16 products */
+#define FINE 2   /* 16 bits */
 #define FULL 3   /* what float32 gives */
 
 static inline long up(long n) { return (n + SIDE - 1) / SIDE * SIDE; }
@@ -92,7 +93,8 @@ static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
 }
 
 /* 32 rows of A, `row` numbers apart; a panel of B and another `next` numbers on. Each further part is `part`
-   numbers on; B may have fewer parts than A, where it holds numbers of eight bits (pixels that are 0 or 1). */
+   numbers on. B may have fewer parts than A, and A only one (`part` is 0), where they hold numbers of eight bits (pixels that
+   are 0 or 1). */
 typedef struct {
     const bf16 *first;
     long row, part;
@@ -162,7 +164,7 @@ static inline void end_block(float *c, long width) {
 static inline void block(Rows a, Panels b, long k, int parts, float *c, long width) {
     begin_block();
     for (int size = parts - 1; size >= 0; size--) /* the smallest products first */
-        for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= size; p++) {
+        for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= (a.part ? size : 0); p++) {
             const bf16 *rows = a.first + p * a.part, *left = b.first + (size - p) * b.part, *right = left + b.next;
             for (long i = 0; i < k; i += 32)
                 add_to_block(rows + i, rows + 16 * a.row + i, a.row * 2, left + i * HALF, right + i * HALF, 64);
@@ -180,7 +182,7 @@ static inline void block(Rows a, Panels b, long k, int parts, float *c, long wid
         __m512 sum[8][2];
         for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (int size = parts - 1; size >= 0; size--)
-            for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= size; p++) {
+            for (int p = size < b.parts ? 0 : size - (int)b.parts + 1; p <= (a.part ? size : 0); p++) {
                 const bf16 *rows = a.first + p * a.part + m * a.row, *left = b.first + (size - p) * b.part;
                 const bf16 *right = left + b.next;
                 for (long i = 0; i < k; i += 2) {

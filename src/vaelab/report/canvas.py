@@ -59,7 +59,8 @@ def styled_figure(draw: Callable[P, Figure]) -> Callable[P, Figure]:
                 axes.tick_params(labelsize=SIZE, color=GREY, labelcolor=INK)
             with _unseen([image for axes in figure.axes for image in axes.images]):
                 for _ in range(3):  # axes of fixed aspect settle on the third pass (to 0.001 of the figure) ...
-                    figure.draw_without_rendering()
+                    if (engine := figure.get_layout_engine()) is not None:
+                        engine.execute(figure)
             # ... and stay: the layout would follow the resolution and the last save. Without a layout engine, for one that
             # does nothing makes `savefig` draw twice
             figure.set_layout_engine(None)
