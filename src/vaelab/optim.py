@@ -279,13 +279,14 @@ class Optimiser:
         if self.averaged is not None:
             self.averaged.lerp_(self.master, 1 - min(self.average, (1 + step) / (10 + step)))
 
-    def ahead(self, step: int, count: int) -> tuple[Array[Constants], float] | None:
-        """For a pass that updates the weights itself, at `count` steps one after the other: with what, and the largest norm of a
-        gradient that is neither clipped nor too large for its square; None where Adam is not all there is to an update."""
+    def ahead(self, step: int, count: int) -> tuple[Array[Constants], float, float] | None:
+        """For a pass that updates the weights itself, at `count` steps one after the other: with what, the largest norm of a
+        gradient that is neither clipped nor too large for its square, and the clip; None where Adam is not all there is to an
+        update."""
         if self.adam.kernels is None or self.muon is not None or self.copies:
             return None
         constants = (self.adam.next(self._lr(step + i), after=i) for i in range(count))
-        return (Constants * count)(*constants), min(self.clip or math.inf, LARGEST)
+        return (Constants * count)(*constants), min(self.clip or math.inf, LARGEST), self.clip
 
     def _norm(self) -> float:
         """Of the whole gradient, whatever the number of threads."""

@@ -2,8 +2,6 @@
 
 #include "adam.h"
 
-#define RUN 4096 /* numbers that a thread updates before it clears their gradient */
-
 /* The weights are `parts` one after the other, of `sizes`, with `multiples` of the learning rate. The gradient is cleared where it
    will be added to. */
 void adam(float *w, float *g, float *m, float *v, const long *sizes, const float *multiples, long parts, const Adam *a, int clear,

@@ -11,6 +11,8 @@
 #include "functions.h"
 #include "tiles.h"
 
+#define RUN 4096 /* numbers that a thread updates in one piece */
+
 typedef struct {
     float lr, scale, beta1, rest1, beta2, rest2, of_m, of_g, root, eps;
 } Adam;

@@ -54,7 +54,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "shares": (*[_pointer] * 4, _long, _int, *[_pointer] * 8, *[_long] * 5, _pointer, _int),
     "vaelab_tiles": (),
     "log_sums": (*[_pointer] * 2, *[_long] * 2, _int),
-    "elbo_steps": (_pointer, _long, _pointer, *[_long] * 2, *[_pointer] * 4, _double, _pointer, _double, _int),
+    "elbo_steps": (_pointer, _long, _pointer, *[_long] * 2, *[_pointer] * 4, _double, _double, _pointer, _double, _int),
     "adam": (*[_pointer] * 6, _long, _pointer, _int, _int),
     "squares": (*[_pointer] * 2, *[_long] * 2, _int),
 }

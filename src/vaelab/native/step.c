@@ -276,6 +276,30 @@ static void parameters(const Plan *p, const float *x, long images, long k, const
     end_tiles();
 }
 
+/* The update of n weights, or biases, whose gradient is known. */
+static void run_all(const Parameter *q, long n, const Adam *adam) {
+    if (q->gradient)
+#pragma omp for schedule(static) nowait
+        for (long i = 0; i < n; i += RUN)
+            adam_run(adam, q->multiple, q->gradient + i, q->at + i, q->mean + i, q->square + i, least(RUN, n - i));
+}
+
+/* That of all operations of a chain. */
+static void update(const Operation *o, long count, const Adam *adam) {
+    for (; count--; o++) {
+        const Shape *s = &o->shape;
+        run_all(&o->w, convolves(o) ? s->n * s->c * s->kh * s->kw : o->outputs * o->inputs, adam);
+        run_all(&o->b, !convolves(o) ? o->outputs : o->kind == UP ? s->c : s->n, adam);
+    }
+}
+
+/* The square of the gradient's norm, added up in the same order whoever asks. */
+static double square_of_norm(const Plan *p) {
+    double total = 0;
+    for (long i = 0; i < p->blocks; i++) total += p->squares[i];
+    return total;
+}
+
 /* No less than the square of the gradient's norm: that of a layer's is at most the product of those of dy and x, and 2 % more for
    what is rounded to bfloat16 on the way, and for sums taken in any order. A convolution reads a number once for each window that
    it is in, and a bias is one number for all positions. Where nobody has measured a gradient it may be any. */
@@ -303,15 +327,17 @@ static void begin(Operation *o, long m, int threads) {
     deal(turns_after(o->turns, 2), (o->outputs + step_of(o) - 1) / step_of(o), threads);
 }
 
-/* One step: images `index` of the source, noise (k, images, dim). Fills what the plan names, and sets the gradients; or, where Adam
-   is given, the value is finite and the gradient's norm is surely no larger than `most`, updates the weights instead, and
+/* One step: images `index` of the source, noise (k, images, dim). Fills what the plan names, and sets the gradients. Where Adam is
+   given, and value and gradient are finite, it updates the weights, too: in passing, without leaving gradients, where their norm is
+   surely no larger than `most`, and returns 2; else once it is known, as if it were no larger than `clip`, if that is not 0, and
    returns 1. */
 static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noise, long images, float beta, const Adam *adam,
-                     double most, int threads) {
+                     double most, double clip, int threads) {
     Operation *last = p->encoder + p->encoders - 1, *pixel = p->decoder + p->decoders - 1;
     const float *x = p->taken.x;
     long k = p->taken.k;
-    int update = 0;
+    int passing = 0, after = 0;
+    Adam later;
     for (Operation *o = p->encoder; o <= last; o++) begin(o, images, threads);
     for (Operation *o = p->decoder; o <= pixel; o++) begin(o, k * images, threads);
     p->source.index = index;
@@ -339,26 +365,41 @@ static int elbo_step(Plan *p, const long *index, uint64_t seed, const float *noi
             for (long i = 0; i < images; i++) p->sums[0] += p->codes.rate[i];
             for (long i = 0; i < k * images; i++) p->sums[1] -= p->log_px[i] / (double)k;
             double square = bound(p->encoder, p->encoders, images) + bound(p->decoder, p->decoders, k * images);
-            update = adam && isfinite(p->sums[1] + beta * p->sums[0]) && square <= most * most;
+            after = adam && isfinite(p->sums[1] + beta * p->sums[0]);
+            passing = after && square <= most * most;
         }
-        parameters(p, x, images, k, update ? adam : 0, alone);
+        parameters(p, x, images, k, passing ? adam : 0, alone);
+        if (after && !passing) {
+#pragma omp barrier
+#pragma omp single
+            {
+                double norm = sqrt(square_of_norm(p));
+                after = isfinite(norm);
+                later = *adam;
+                if (0 < clip && clip < norm) later.scale = (float)(clip / norm);
+            }
+            if (after) {
+                update(p->encoder, p->encoders, &later);
+                update(p->decoder, p->decoders, &later);
+            }
+        }
         end_flushing(control);
     }
-    for (long i = 0; i < p->blocks; i++) p->sums[2] += p->squares[i];
-    return update;
+    p->sums[2] = square_of_norm(p);
+    return after + passing;
 }
 
-/* Steps one after the other, of `batch` images each and fewer in the last, with the constants of each, until one has left the
-   update, since what follows that is not known here, or for so many seconds. Fills (steps, 4): sums as in the plan, and whether the
-   weights were updated. Returns how many there were. */
+/* Steps one after the other, of `batch` images each and fewer in the last, with the constants of each, until one is not finite, since
+   what follows that is not known here, or for so many seconds. Fills (steps, 4): sums as in the plan, and whether the
+   weights were updated, as above. Returns how many there were. */
 long elbo_steps(Plan *p, long steps, const long *index, long images, long batch, const uint64_t *seeds, const float *noise,
-                const float *beta, const Adam *adam, double most, double *told, double seconds, int threads) {
+                const float *beta, const Adam *adam, double most, double clip, double *told, double seconds, int threads) {
     const long numbers = p->taken.k * batch * p->codes.dim; /* of the noise of a step */
     const double end = omp_get_wtime() + seconds;
     for (long s = 0; s < steps; s++, told += 4) {
         p->sums = told;
         int updated = elbo_step(p, index + s * batch, seeds[s], noise + s * numbers, least(batch, images - s * batch), beta[s],
-                                adam ? adam + s : 0, most, threads);
+                                adam ? adam + s : 0, most, clip, threads);
         told[3] = updated;
         if (!updated || omp_get_wtime() > end) return s + 1;
     }

@@ -148,8 +148,8 @@ def fused(
 class Fused:
     """Computes the mean over images of distortion + beta rate, sets the parameters' .grad to its gradient, and returns sums.
 
-    With an optimiser, the parameters are updated instead wherever that does not need the gradient's norm: a bound of it that is
-    known before says that the gradient is finite and not clipped. Then several steps are one call.
+    With an optimiser, the parameters are updated, too: in passing wherever that does not need the gradient's norm, since a bound of
+    it that is known before says that the gradient is finite and not clipped, and else afterwards. Then several steps are one call.
 
     Args:
         encoder: images to the posterior's parameters.
@@ -275,7 +275,7 @@ class Fused:
 
     def __call__(self, index: Tensor, noise: Callable[[int], torch.Generator], step: int) -> list[Pass]:
         """The passes of the steps from `step` on, one for each batch of the images `index` (N,). There may be fewer, as many as
-        `AT_ONCE` allows; and the last is the first whose update is left to the optimiser.
+        `AT_ONCE` allows; and the last is the first that is not finite, whose update is left to the optimiser.
 
         Args:
             index: which images, of `most` batches or fewer.
@@ -293,7 +293,7 @@ class Fused:
         made = kernels().elbo_steps(
             ctypes.byref(self.plan), count, index.data_ptr(), len(index), self.batch, self.seeds, self.noise.data_ptr(),
             (ctypes.c_float * count)(*betas),
-            ahead[0] if ahead else None, ahead[1] if ahead else 0.0, self.told.data_ptr(), AT_ONCE,
+            *(ahead or (None, 0.0, 0.0)), self.told.data_ptr(), AT_ONCE,
             min(self.threads, torch.get_num_threads()),
         )  # fmt: skip
         return [
