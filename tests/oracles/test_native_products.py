@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vaelab import likelihoods, pixels, posteriors, priors
+from vaelab.errors import UsageError
 from vaelab.models.vae import VAE
 from vaelab.native import library, reason
 from vaelab.native.decoder import FINE, FULL, Decoder
@@ -160,11 +161,16 @@ def test_quadrature_decodes_in_16_bits_where_that_is_enough(monkeypatch, toleran
     model, x = two_dimensional(dense("deep", scale)), bits(50, 35).view(-1, *SHAPE)
     made, of = [], Decoder.of
     monkeypatch.setattr(Decoder, "of", classmethod(lambda cls, *given: made.append(of(*given)) or made[-1]))
-    found = log_likelihood(model, x, tolerance=tolerance)
-    assert [decoder.parts for decoder in made] == ([FINE] if parts == FINE else [FINE, FULL])
+    found = log_likelihood(model, x, tolerance=tolerance, precision="auto")
+    assert [decoder.parts for decoder in made] == (
+        [FINE] if parts == FINE else [FINE, FULL]
+    ) and found.bits == 8 * parts
+    assert log_likelihood(model, x, tolerance=tolerance).bits == 24
+    assert [decoder.parts for decoder in made[parts == FULL :]] == [parts, FULL]
+    made.clear()
     monkeypatch.setattr(BinaryImages, "decoder", lambda *_: None)
-    by_torch = log_likelihood(model, x, tolerance=tolerance)
-    assert len(made) == (1 if parts == FINE else 2)
+    by_torch = log_likelihood(model, x, tolerance=tolerance, precision="auto")
+    assert not made and by_torch.bits == 24
     assert np.abs(found.log_px - by_torch.log_px).max() < (2e-4 if parts == FINE else 1e-4)
 
 
@@ -208,6 +214,8 @@ def test_quadrature_finds_the_same_with_and_without(kernels, no_kernels, dim):
         )  # fmt: skip
     x = bits(40, 25).view(-1, 1, 5, 5)
     own = log_likelihood(model, x)
+    with pytest.raises(UsageError, match="precision is 'bfloat16': choose auto or float32"):
+        log_likelihood(model, x, precision="bfloat16")
     no_kernels()
     theirs = log_likelihood(model, x)
     assert abs(own.log_px - theirs.log_px).max() < 1e-5 and own.points == theirs.points

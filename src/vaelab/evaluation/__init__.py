@@ -82,7 +82,8 @@ def evaluate(
         k: importance samples for each image.
         is_images: how many of the test images are importance-sampled, evenly spaced.
         proposal: of importance sampling, see `vaelab.evaluation.importance`.
-        precision: in which importance samples are decoded, see `vaelab.precision`; all else is in float32.
+        precision: in which importance samples are decoded, see `vaelab.precision`, and whether the decoder of quadrature may
+            compute with 16 bits, see `vaelab.quadrature`; all else is in float32.
         gap_images: for how many of those the bound's gap is split, evenly spaced; none for 0.
         latent_images: how many of the test images make the aggregate posterior; its cost is their square.
         samples: prior samples that the classifier reads.
@@ -227,7 +228,7 @@ class _Measuring:
             reason = Quantity.missing(self.unnormalised) if self.unnormalised else Quantity.over_images(broken)
             self.found |= dict.fromkeys((*exact, *sampled), reason)
         else:
-            self._exact()
+            self._exact(precision)
             index = evenly(images, len(self.x))
             try:
                 estimate = importance_sampled(
@@ -241,10 +242,14 @@ class _Measuring:
         self._bits("nll", self.found["nll"])
         self._bits("nll_is", self.found["nll_is"])
 
-    def _exact(self) -> None:
+    def _exact(self, precision: str) -> None:
         try:
             exact = log_likelihood(
-                self.model, self.x, self.c, on_progress=lambda done: self.on_progress("exact log-likelihood", done)
+                self.model,
+                self.x,
+                self.c,
+                precision=precision,
+                on_progress=lambda done: self.on_progress("exact log-likelihood", done),
             )
         except (UsageError, NoDensity) as error:
             self.found["nll"] = self.found["nll_error"] = Quantity.missing(str(error))

@@ -4,7 +4,7 @@ A small network's step is bound by what surrounds its products: casts, copies, d
 write everything once more. Here a linear layer reads float32 and writes float32, and is rounded to bfloat16 only on its way
 into the processor's tile registers (`tiles.h`); the sums over pixels are one pass (`pixels.c`), and so is Adam (`adam.c`).
 
-They are compiled at their first use, in about 2 s, where there is a C compiler and the processor multiplies bfloat16,
+They are compiled at their first use, in 2 to 4 s, where there is a C compiler and the processor multiplies bfloat16,
 and kept in the user's cache under a name that holds the checksum of the source and the processor's abilities. Where
 something is missing, everything runs in torch's kernels: `library()` is None, and `reason()` says why. VAELAB_KERNELS=torch
 asks for that.
@@ -20,15 +20,17 @@ asks for that.
     pixels.c          log p(x) of Bernoulli pixels, from logits, or in the product that gives them
     codes.h           codes drawn from a diagonal Gaussian, and their rate
     step.c            whole steps of the most used composition, from those parts
-    scoring.c         many codes against one image: importance sampling
-    shares.c          many codes against many images: quadrature
+    decode.h          many codes through the last layers of a dense decoder
+    scoring.c         what they say of one image: importance sampling
+    shares.c          what they say of many images: quadrature
     adam.c            the optimiser's pass, and `adam.h` the update itself
     functions.h       exponentials, sines, reciprocals, roots
     build.py          compiling, keeping, loading
     calls.py          what their calls share: scratch, and where gradients go
     convolutions.py   convolutions as autograd sees them
     layers.py         linear layers, and the modules of a model that compute with them
-    scoring.py        decoders that importance sampling scores in one pass
+    decoder.py        which decoders `decode.h` knows, and their packed weights
+    scoring.py        log p(x|z) of many codes in one pass
     shares.py         the inner loop of quadrature
     chain.py          which modules are which operations
     step.py           which models are that composition, and its steps
