@@ -245,12 +245,9 @@ class _Measuring:
     def _exact(self, precision: str) -> None:
         try:
             exact = log_likelihood(
-                self.model,
-                self.x,
-                self.c,
-                precision=precision,
+                self.model, self.x, self.c, precision=precision if precision == "float32" else "auto",
                 on_progress=lambda done: self.on_progress("exact log-likelihood", done),
-            )
+            )  # fmt: skip
         except (UsageError, NoDensity) as error:
             self.found["nll"] = self.found["nll_error"] = Quantity.missing(str(error))
             return
