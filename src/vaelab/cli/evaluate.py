@@ -35,7 +35,8 @@ def evaluate(
     ] = "posterior",
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Parameter(help="In which importance samples are decoded; bfloat16 is faster, and for Bernoulli pixels only."),
+        Parameter(help="In which importance samples are decoded; bfloat16 is faster, and for Bernoulli pixels only. With float32 "
+                  "the decoder of quadrature has all its bits, too."),
     ] = "auto",
     gap_images: Annotated[int, Whole, Parameter(help="For how many images the bound's gap is split; 0 for none.")] = 100,
     samples: Annotated[int, Whole, Parameter(help="Prior samples that the classifier reads.")] = 10_000,

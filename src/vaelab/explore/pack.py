@@ -20,7 +20,6 @@ import json
 import secrets
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -45,22 +44,17 @@ def single(bundle: Bundle, runtime: Runtime) -> bytes:
         for name in _modules(page)
     }
     pieces = {**bundle.pieces, **runtime.pieces}
-    with ThreadPoolExecutor() as side_by_side:
-        packed = list(side_by_side.map(_packed, pieces, pieces.values()))
     scripts = [
         f"<!--\n{page['licences.txt'].decode()}-->",
         f'<script type="application/json" id="vaelab-manifest">{_json_in_html(_manifest(bundle, pieces))}</script>',
         *(
-            f'<script type="application/octet-stream" id="piece:{name}" data-planes="{_planes(name)}">{content}</script>'
-            for name, content in zip(pieces, packed, strict=True)
+            f'<script type="application/octet-stream" id="piece:{name}" data-planes="{_planes(name)}">'
+            f"{_base64(gzip.compress(_apart(content, _planes(name)), LEVEL, mtime=0))}</script>"
+            for name, content in pieces.items()
         ),
         f"<script>{_script_in_html(runtime.d3)}</script>",
     ]
     return _filled(page, f"<style>\n{page['style.css'].decode()}</style>", modules, scripts)
-
-
-def _packed(name: str, content: bytes) -> str:
-    return _base64(gzip.compress(_apart(content, _planes(name)), LEVEL, mtime=0))
 
 
 def folder(bundle: Bundle, runtime: Runtime) -> dict[str, bytes]:
