@@ -32,11 +32,20 @@ def keep() -> bool:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
-    """Inside, Python looks for no garbage; and what is there at the end it will not look at again."""
+def uncollected() -> Iterator[None]:
+    """Inside, Python looks for no garbage: where much is made and hardly any of it is."""
+    before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if before:
+            gc.enable()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """The same for imports, whose modules stay: what is there at the end Python will not look at again."""
+    with uncollected():
+        yield
         gc.freeze()
-        gc.enable()

@@ -1,5 +1,6 @@
 """Memory that the next step asks for again stays with the process."""
 
+import gc
 import platform
 import subprocess
 import sys
@@ -47,3 +48,39 @@ def test_a_step_does_not_fault_in_what_the_last_one_freed():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert heap.keep.__wrapped__() is False
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_looked_for_inside_and_all_is_as_before_afterwards(enabled):
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(KeyError), heap.uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+def test_what_was_imported_is_not_looked_at_again():
+    before = gc.get_freeze_count()
+    try:
+        with heap.importing():
+            made = [[] for _ in range(1000)]
+        assert gc.isenabled() and gc.get_freeze_count() >= before + len(made)
+    finally:
+        gc.unfreeze()
+
+
+def test_a_command_runs_with_garbage_collection():
+    """It is off from the very start until the command is known."""
+    code = (
+        "import gc, sys; from vaelab import __main__ as start; from vaelab.data import datasets; seen = []\n"
+        "datasets.catalogue = lambda *_: seen.append(gc.isenabled()) or []\n"
+        "freeze = gc.freeze; gc.freeze = lambda: (seen.append('leaving'), freeze())\n"
+        "sys.argv = ['vaelab', 'data', '--json']\n"
+        "try: start.main()\n"
+        "except SystemExit as end: print(seen, end.code, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().endswith("[True, 'leaving'] 0")

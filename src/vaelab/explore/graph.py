@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vaelab.errors import UsageError
 from vaelab.explore.runtime import NEEDED
+from vaelab.heap import uncollected
 
 BATCHES = (1, 2, 7)
 """Batch sizes at which a graph is compared with torch."""
@@ -151,7 +152,7 @@ def translate(
         with suppress(NoGraph):
             return proven(refilled)
     try:
-        with _quietly():
+        with _quietly(), uncollected():  # a quarter of the time was a search for garbage
             program = torch.onnx.export(
                 module, given(3), dynamo=True, opset_version=OPSET, verbose=False, external_data=False,
                 input_names=list(inputs), output_names=list(outputs), dynamic_shapes=tuple({0: batch} for _ in inputs),
