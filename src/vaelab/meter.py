@@ -17,7 +17,7 @@ from vaelab.trace import Trace
 def text_of(metrics: Mapping[str, float | None]) -> str:
     """Rate and distortion in one line, for people."""
     rate, distortion = metrics["rate"], metrics["distortion"]
-    return f"rate {'n/a' if rate is None else f'{rate:.2f}'}  distortion {distortion:.2f} nats"
+    return f"rate {'n/a' if rate is None else f'{rate:z.2f}'}  distortion {distortion:.2f} nats"
 
 
 @dataclass(frozen=True)

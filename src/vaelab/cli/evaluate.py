@@ -120,7 +120,7 @@ def _show(path: str, evaluation: "Evaluation") -> None:
     ]
     if rates:
         shown = "  ".join(
-            f"{key.removeprefix('rate_dim_')}: {mean:.2f}" for key, mean in sorted(rates, key=lambda r: -r[1])
+            f"{key.removeprefix('rate_dim_')}: {mean:z.2f}" for key, mean in sorted(rates, key=lambda r: -r[1])
         )
         console.text(f"rate of each latent dimension, nats: {shown}")
     for alarm in evaluation.alarms:

@@ -138,9 +138,10 @@ def _show(run: "Run", data: "Dataset", output: Output) -> None:
     def show() -> None:
         rate, distortion = last["test"]["rate"], last["test"]["distortion"]
         what = "cross-entropy" if run.recipe().protocol == "grey" else "distortion"
-        total = "" if rate is None else f" + rate {rate:.2f} = {distortion + rate:.2f}"
+        epochs = f"{last['epoch']} epoch{'' if last['epoch'] == 1 else 's'}"
+        total = "" if rate is None else f" + rate {rate:z.2f} = {distortion + rate:.2f}"
         console.text(
-            f"test after {last['epoch']} epochs, {last['seconds']:.1f} s: {what} {distortion:.2f}{total} "
+            f"test after {epochs}, {last['seconds']:.1f} s: {what} {distortion:.2f}{total} "
             f"nats per image (n = {len(data.test):,} images)"
         )
         if last.get("skipped_steps"):

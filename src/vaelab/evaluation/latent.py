@@ -329,7 +329,7 @@ def alarms(found: dict[str, Quantity], parts: list[Aggregate], outside: Quantity
     if active == 0 or rate < COLLAPSED:
         said.append(
             f"posterior collapse: {active:.0f} of {dims} latent dimensions are active"
-            + (f" and the rate is {rate:.2f} nats" if rates else "")
+            + (f" and the rate is {rate:z.2f} nats" if rates else "")
             + ", so the code says next to nothing about the image; try KL warm-up, free bits or a weaker decoder"
         )
     elif active is not None and active < dims / 2:
