@@ -11,9 +11,12 @@ def main() -> None:
     where torch was imported.
     """
     gc.disable()  # until the command is known: `vaelab.cli.run`
-    from vaelab.cli import run
+    try:
+        from vaelab.cli import run
 
-    code = run(sys.argv[1:])
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before there was anything to interrupt
+        code = 130
     gc.freeze()
     sys.exit(code)
 

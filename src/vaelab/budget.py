@@ -89,7 +89,7 @@ def _told(func: Any, args: Any, kwargs: Any) -> Sequence[int] | None:
     given = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
     if isinstance(size := given.get("size"), list | tuple) and "device" in given:
         return size if all(isinstance(side, int) and side >= 0 for side in size) else None
-    if torch.Tag.pointwise in func.tags and len(func._schema.returns) == 1:
+    if torch.Tag.pointwise in func.tags and [str(one.type) for one in func._schema.returns] == ["Tensor"]:
         with suppress(ValueError):  # shapes that do not fit: the call itself will say so
             return np.broadcast_shapes(*(item.shape for item in given.values() if isinstance(item, torch.Tensor)))
     return None

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection as pipes
@@ -133,10 +133,15 @@ class Worker:
     ready: bool = False
 
     def begin(self) -> None:
-        """Start the process, if it was not; of a fork server that still imports, this waits for it."""
+        """Start the process, if it was not; for a fork server that still imports, this waits. Raises WorkerDied."""
         if self.process.pid is None:
-            with _deaf():
+            try:
                 self.process.start()
+            except (EOFError, OSError) as error:
+                raise WorkerDied(
+                    f"processes for the study's cells could not be started ({type(error).__name__}: {error}), of too little "
+                    "memory perhaps: the same command goes on from what is there; with --workers 1, say"
+                ) from None
             self.other.close()
 
     def say(self, message: Any) -> None:
@@ -164,8 +169,9 @@ def hired(workers: int, most: int, device: str) -> Iterator[list[Worker]]:
             context = _context(threads)
             staff += [stack.enter_context(_worker(context, threads)) for _ in range(count)]
             if context.get_start_method() == "spawn":  # whose start nobody waits for
-                for worker in staff:
-                    worker.begin()
+                with _deaf():
+                    for worker in staff:
+                        worker.begin()
         yield staff
 
 
@@ -183,7 +189,7 @@ def _cores() -> int:
 @contextmanager
 def _worker(context: "SpawnContext | ForkServerContext", threads: int) -> Iterator[Worker]:
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, threads))
+    process = context.Process(target=_work, args=(theirs, threads, dict(os.environ)))
     try:
         with ExitStack() as line:
             yield Worker(process, ours, theirs, line)
@@ -201,13 +207,21 @@ def _context(threads: int) -> "SpawnContext | ForkServerContext":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vaelab.preload"])  # heeded where no server runs yet
-    with _deaf(), _said(OMP_NUM_THREADS=str(threads)):
+    found = {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, sys.path)
+        ),  # where this process finds modules, so not in its folder:
+        "PYTHONSAFEPATH": "1",
+        "VAELAB_SERVER_OF": str(os.getpid()),  # see `vaelab.preload`
+    }
+    with _deaf([signal.SIGINT]), _said(found):  # it takes Ctrl-C, which all get, for its own while it imports
         forkserver.ensure_running()
     return context
 
 
 @contextmanager
-def _said(**variables: str) -> Iterator[None]:
+def _said(variables: Mapping[str, str]) -> Iterator[None]:
     """The environment of what is started meanwhile."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -222,13 +236,13 @@ def _said(**variables: str) -> Iterator[None]:
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
+def _deaf(numbers: Sequence[signal.Signals] = ENDING) -> Iterator[None]:
     """Signals wait meanwhile, for this process; one that is started here never gets them (Ctrl-C is sent to all)."""
     if os.name != "posix":
         yield
         return
     resource_tracker.ensure_running()  # starting the first process would start it, which lets signals in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -292,8 +306,7 @@ def _side_by_side(jobs: Sequence[Job], data: "Dataset", staff: Sequence[Worker],
     def present() -> list[Worker]:
         return [worker for worker in staff if not worker.pipe.closed]
 
-    for worker in staff:
-        worker.begin()
+    _begin(staff, stop)
     while there := present():
         heard = pipes.wait([worker.pipe for worker in there], 0.1)
         for worker in there:
@@ -318,14 +331,39 @@ def _side_by_side(jobs: Sequence[Job], data: "Dataset", staff: Sequence[Worker],
     return [ledger.found[i] for i in range(len(jobs))]
 
 
+def _begin(staff: Sequence[Worker], stop: Stop) -> None:
+    """Start all processes, and wait for that no longer than until there is a reason to stop."""
+    failed: list[WorkerDied] = []
+
+    def start() -> None:
+        try:
+            for worker in staff:
+                worker.begin()
+        except WorkerDied as error:
+            failed.append(error)
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+    while starting.is_alive():
+        starting.join(0.1)
+        if reason := stop():
+            raise Interrupted(reason, BETWEEN)
+    if failed:
+        raise failed[0]
+
+
 def _died(worker: Worker, jobs: Sequence[Job]) -> WorkerDied:
     worker.process.join()
     code = worker.process.exitcode or 0
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     if worker.job is None:
-        return WorkerDied(f"a process for the study's cells could not begin ({how}): what it said is above")
+        return WorkerDied(
+            f"a process for the study's cells could not begin ({how}): what it said is above. It imports the script that starts "
+            'it, which must be a file, and start it under `if __name__ == "__main__":`; or use workers=1'
+        )
+    guess = ", of too little memory perhaps" if -code == signal.SIGKILL else ""
     return WorkerDied(
-        f"the process of {jobs[worker.job].name} has died ({how}), of too little memory perhaps: what it had saved is "
+        f"the process of {jobs[worker.job].name} has died ({how}){guess}: what it had saved is "
         "kept, and the same command goes on from there; with --workers 1, say, if memory is short"
     )
 
@@ -333,10 +371,12 @@ def _died(worker: Worker, jobs: Sequence[Job]) -> WorkerDied:
 # --- the worker ---
 
 
-def _work(pipe: "pipes.Connection[Any, Any]", threads: int) -> None:
-    """What a worker does: jobs, until its parent closes the pipe."""
+def _work(pipe: "pipes.Connection[Any, Any]", threads: int, environment: Mapping[str, str]) -> None:
+    """What a worker does: jobs, until its parent closes the pipe. Its global generators are in the state of its siblings'."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+    os.environ.clear()  # a fork server may have another
+    os.environ.update(environment)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by what is imported from here on
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
     import torch

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vaelab.data.datasets import Dataset
 from vaelab.data.store import cache_dir
+from vaelab.native import version
 from vaelab.native.layers import accelerated_layers
 from vaelab.precision import choose
 from vaelab.rng import stream, stream_seed
@@ -69,12 +70,12 @@ def classifier_for(
 ) -> tuple[Classifier | None, float | None]:
     """The classifier of a data set and its test accuracy; trained once, then kept in the user's cache.
 
-    The same data and the same version of this file give the same classifier, so keeping it changes no number. Without
-    labels there is none: (None, None).
+    The same data, the same version of this file and the same kernels give the same classifier, so keeping it changes no number.
+    Without labels there is none: (None, None).
     """
     if data.train.labels is None or data.test.labels is None:
         return None, None
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    source = hashlib.sha256(Path(__file__).read_bytes() + version().encode()).hexdigest()[:12]
     path = cache_dir() / "classifiers" / f"{data.fingerprint}-{source}.safetensors"
     if path.is_file():
         with torch.random.fork_rng(devices=[]):

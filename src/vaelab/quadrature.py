@@ -14,11 +14,12 @@ What is done
     total, or containing its code) is split into four, until no split changes an image's integral by more than
     `tolerance`.
 How exact the integrand is
-    Where the kernels decode (`vaelab.native.shares`), they do so in numbers of 16 bits if that moves log p(x|z) of images at their
-    codes by no more than a quarter of `tolerance`, root mean square; else, and where torch decodes, in float32.
+    Where the kernels decode (`vaelab.native.shares`), they do so in numbers of 16 bits, if that is allowed and moves log p(x|z) of
+    the images at their codes by little (`_decoder`); else, and where torch decodes, in float32.
 What remains
     `resolution_error` is the summed change of the last splits, `extent_error` the share of the last ring and the bound on
-    what lies beyond. Both are reported, in nats, for every image.
+    what lies beyond, `decoding_error` what the kernels' numbers change at the image's own code. All are reported, in nats, for
+    every image.
 """
 
 import math
@@ -45,7 +46,9 @@ LOOK = 7.0
 TOGETHER = 16
 """Split tiles whose nodes are decoded in one go."""
 CHECKED = 256
-"""Images whose log p(x|z) decides whether 16 bits of the decoder's numbers are enough."""
+"""Images whose codes are decoded at once to see how exact that is."""
+FLOAT32 = 1e-3
+"""Nats, as `tolerance`, that float32 may be off by in the kernels: torch is as well."""
 BEYOND = 15.0
 RESOLVED = 1e-3
 """How far from one a prior's mass on fine tiles may be."""
@@ -60,6 +63,7 @@ class Quadrature:
         log_px: log p(x) for each image.
         resolution_error: change of log p(x) by the last splitting of the tiles.
         extent_error: share of the outermost ring, and the bound on what lies beyond it.
+        decoding_error: how far log p(x|z) at the image's code is from what the model says, where the kernels decode.
         radius: how far from the origin the tiles reach.
         points: decoder evaluations.
         levels: how often the finest tile was split.
@@ -69,6 +73,7 @@ class Quadrature:
     log_px: np.ndarray
     resolution_error: np.ndarray
     extent_error: np.ndarray
+    decoding_error: np.ndarray
     radius: float
     points: int
     levels: int
@@ -77,7 +82,7 @@ class Quadrature:
     @property
     def error(self) -> np.ndarray:
         """The remaining error of each image, (N,) nats."""
-        return self.resolution_error + self.extent_error
+        return self.resolution_error + self.extent_error + self.decoding_error
 
 
 def log_likelihood(
@@ -133,7 +138,7 @@ def log_likelihood(
 
 def _together(labels: np.ndarray, parts: dict[int, Quadrature]) -> Quadrature:
     """The integrals of all images from those of each label's."""
-    arrays = {name: np.empty(len(labels)) for name in ("log_px", "resolution_error", "extent_error")}
+    arrays = {name: np.empty(len(labels)) for name in ("log_px", "resolution_error", "extent_error", "decoding_error")}
     for label, part in parts.items():
         for name, array in arrays.items():
             array[labels == label] = getattr(part, name)
@@ -196,7 +201,7 @@ class _Integral:
 
     def run(self, max_radius: float, on_progress: Callable[[float], None]) -> Quadrature:
         codes, best = self._codes()
-        self.decoder = self._decoder(codes, best)
+        self.decoder, decoding = self._decoder(codes, best)
         tiles, values, ring_share, beyond, radius = self._expand(codes, best, max_radius)
         on_progress(0.5)
         reference = np.full(self.n, -np.inf)
@@ -225,7 +230,7 @@ class _Integral:
         log_px = reference + np.log(total)
         extent = np.log1p(ring_share) + np.exp(np.minimum(beyond - log_px, 0.0))
         bits = 24 if self.decoder is None else 8 * self.decoder.parts
-        return Quadrature(log_px, error / total, extent, radius, self.points, level, bits)
+        return Quadrature(log_px, error / total, extent, decoding, radius, self.points, level, bits)
 
     def _codes(self) -> tuple[np.ndarray, np.ndarray]:
         """Posterior means (N, D), and log p(x|z) there, (N,)."""
@@ -237,22 +242,32 @@ class _Integral:
             best.append(_numpy(self.model.decode(mean.unsqueeze(0), label).log_prob(part)[0]))
         return np.concatenate(codes), np.concatenate(best)
 
-    def _decoder(self, codes: np.ndarray, best: np.ndarray) -> Decoder | None:
-        """What decodes in the kernels: of numbers of 16 bits where log p(x|z) of images at their codes is off by no more than a
-        quarter of `tolerance` (root mean square), else of float32. None for torch."""
-        some = np.linspace(0, self.n - 1, min(CHECKED, self.n)).astype(np.int64)
+    def _decoder(self, codes: np.ndarray, best: np.ndarray) -> tuple[Decoder | None, np.ndarray]:
+        """What decodes in the kernels, None for torch, and how far log p(x|z) of each image at its code is off then, (N,).
+
+        Numbers of 16 bits, where that is at most a quarter of `tolerance` (root mean square) and four times that for each image;
+        else of float32, which torch rounds no better.
+        """
         for parts in (FULL,) if self.precision == "float32" else (FINE, FULL):
             if self.bits is None or (found := self.bits.decoder(self.model.likelihood, len(self.nodes), parts)) is None:
-                return None
-            if parts < FULL:
-                z = torch.from_numpy(codes[some]).to(self.x)
-                label = None if self.label is None else self.label.expand(len(z))
-                here = Undecoded(found, found.inputs(z.unsqueeze(0), label))
-                log_px, _ = self.bits.shares(here, z.new_zeros(len(z)), len(z), some)
-                if not np.square(_numpy(log_px.diagonal()) - best[some]).mean() <= (self.tolerance / 4) ** 2:
-                    continue
-            return found
-        return None
+                break
+            off = np.abs(self._own(found, codes) - best)
+            within = self.tolerance if parts < FULL else max(self.tolerance, FLOAT32)
+            if np.sqrt(np.square(off).mean()) <= within / 4 and off.max() <= 4 * within:
+                return found, off
+        return None, np.zeros(self.n)
+
+    def _own(self, decoder: Decoder, codes: np.ndarray) -> np.ndarray:
+        """log p(x|z) of each image at its code, (N,), as a decoder of the kernels finds it."""
+        assert self.bits is not None
+        found = []
+        for some in np.array_split(np.arange(self.n), math.ceil(self.n / CHECKED)):
+            z = torch.from_numpy(codes[some]).to(self.x)
+            label = None if self.label is None else self.label.expand(len(z))
+            here = Undecoded(decoder, decoder.inputs(z.unsqueeze(0), label))
+            log_px, _ = self.bits.shares(here, z.new_zeros(len(z)), len(z), some)
+            found.append(_numpy(log_px.diagonal()))
+        return np.concatenate(found)
 
     def _expand(
         self, codes: np.ndarray, best: np.ndarray, max_radius: float
@@ -313,7 +328,7 @@ class _Integral:
         if self.bits is not None and self.bits.serve(px, len(self.nodes)):
             share, best = self.bits.shares(px, log_pz, tiles, images)
             return _numpy(share), _numpy(best)
-        assert isinstance(px, Distribution)
+        assert isinstance(px, Distribution)  # whatever is undecoded is served
         chosen = self.x if len(images) == self.n else self.x[torch.from_numpy(images).to(self.x.device)]
         log_px = px.cross_log_prob(chosen)
         joint = (log_px + log_pz[:, None]).unflatten(0, (tiles, -1))

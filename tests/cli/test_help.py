@@ -1,6 +1,7 @@
 """Help: an example in each command's, and no torch behind any of it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -58,3 +59,19 @@ def test_the_installed_program_answers(installed):
     assert installed("--version").ok().out.strip() == vaelab.__version__
     failed = installed("train", "mnits")
     assert (failed.code, failed.out) == (2, "") and "did you mean 'mnist'?" in failed.err
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "mnist", "--help"], ["--version"], ["recipes"]])
+def test_a_reader_that_has_gone_is_no_error(command):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "vaelab", *command], stdout=nobody, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_command_that_does_not_exist_is_told_of_some_that_do(vaelab):
+    vaelab("nonsense").refused(2, 'Unknown command "nonsense". Available commands: study, train, ')
+    assert " and others; see `vaelab --help`" in vaelab("nonsense").err

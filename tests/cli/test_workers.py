@@ -178,25 +178,80 @@ def test_a_job_waits_for_those_it_needs_and_for_no_other(tmp_path):
 
 
 def found_there(desk):
-    """A job: what it must not wait for and is not there, and the threads that libraries were told of."""
+    """A job: what it must not wait for and is not there; the threads of libraries that were imported before it began, and of
+    torch; a variable of the environment."""
+    from threadpoolctl import threadpool_info
+
+    needed = ("vaelab.preload", "torch", "sklearn.mixture", "matplotlib.figure")
+    threads = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
     return (
-        {
-            name
-            for name in ("vaelab.preload", "torch", "sklearn.mixture", "matplotlib.figure")
-            if name not in sys.modules
-        },
-        os.environ["OMP_NUM_THREADS"],
-        torch.get_num_threads(),
-    )
+        [name for name in needed if name not in sys.modules], threads, torch.get_num_threads(), os.environ.get("VAELAB_TRUST"),
+    )  # fmt: skip
+
+
+ASKED = """
+import os, sys
+sys.path.append({tests!r})
+from test_workers import Job, found_there, hired, perform, unseen
+if __name__ == "__main__":
+    found = []
+    for trust in ("one", "other"):
+        os.environ["VAELAB_TRUST"] = trust
+        with hired(2, 4, "cpu") as staff:
+            jobs = [Job(str(i), found_there) for i in range(4)]
+            found += perform(jobs, None, staff, device="cpu", stage=unseen, stop=lambda: None)
+    assert os.environ["OMP_NUM_THREADS"] == "2" and "VAELAB_SERVER_OF" not in os.environ
+    assert found == 4 * [([], {{1}}, 1, "one")] + 4 * [([], {{1}}, 1, "other")], found
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no fork server: each worker imports for itself")
-def test_a_worker_has_its_libraries_from_the_start_and_they_its_number_of_threads(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    jobs = [Job(str(i), found_there) for i in range(4)]
-    with hired(2, 4, "cpu") as staff:
-        assert os.environ["OMP_NUM_THREADS"] == "2"
-        assert perform(jobs, None, staff, device="cpu", stage=unseen, stop=lambda: None) == [(set(), "1", 1)] * 4
+def test_a_worker_has_its_libraries_from_the_start_and_they_its_number_of_threads(tmp_path):
+    """And the environment of its own `hired`; whatever modules lie in the current folder."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "timeit.py").write_text("raise SystemExit('a file of the current folder')")
+    (tmp_path / "script.py").write_text(ASKED.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], cwd=tmp_path / "elsewhere", text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+LEAVING = """
+import os, signal, sys
+sys.path.insert(0, "slow")
+from contextlib import nullcontext
+from multiprocessing import forkserver
+from vaelab.crew import Job, hired, perform
+from vaelab.errors import Interrupted, WorkerDied
+
+def kill():
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+
+def attempt(stop):
+    try:
+        perform([Job("x", print)], None, staff, device="cpu", stage=lambda label: nullcontext(), stop=stop)
+    except (Interrupted, WorkerDied) as error:
+        print(type(error).__name__, "could not be started" in str(error))
+
+with hired(2, 4, "cpu") as staff:
+    if sys.argv[1] == "interrupted":
+        attempt(lambda: "SIGINT")
+    if sys.argv[1] == "killed":
+        attempt(kill)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no fork server to wait for")
+@pytest.mark.parametrize("how, said", [
+    ("interrupted", "Interrupted False\n"), ("killed", "WorkerDied True\n"), ("left", ""),
+])  # fmt: skip
+def test_nobody_waits_for_a_server_that_still_imports(tmp_path, how, said):
+    """It would do so for an hour; and whoever reads the output of a command would wait for it, if it lived on."""
+    (tmp_path / "slow" / "sklearn").mkdir(parents=True)
+    (tmp_path / "slow" / "sklearn" / "__init__.py").write_text("import time; time.sleep(3600)")
+    done = subprocess.run([sys.executable, "-c", LEAVING, how], cwd=tmp_path, text=True, check=False, capture_output=True,
+                          timeout=300)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
 @pytest.mark.parametrize(("workers", "most", "device"), [(0, 6, "cpu"), (1, 6, "cpu"), (2, 1, "cpu"), (2, 6, "cuda")])

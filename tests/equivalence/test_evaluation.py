@@ -377,3 +377,30 @@ def test_disentanglement_is_measured_where_the_factors_are_known(few, vae):
     found = measured(model, Dataset("blocks", *parts, blocks.classes, "")).quantities
     assert all(0 <= found[name].mean <= 1 for name in ("mig", "sap", "dci_disentanglement"))
     assert "mig" not in measured(vae(), few).quantities
+
+
+def test_a_classifier_is_kept_for_the_kernels_that_trained_it(monkeypatch, tmp_path, digits):
+    """Others give another, whose numbers would depend on who came first."""
+    from vaelab import legibility
+
+    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    trained = []
+
+    def train(data, **_):
+        trained.append(legibility.version())
+        return legibility.Classifier(data.shape, 10).eval(), 0.5
+
+    monkeypatch.setattr(legibility, "train_classifier", train)
+    for version in ("one", "one", "other", "one", "other"):
+        monkeypatch.setattr(legibility, "version", lambda version=version: version)
+        assert legibility.classifier_for(digits)[0] is not None
+    assert trained == ["one", "other"]
+
+
+def test_a_classifier_of_the_kernels_reads_as_well_as_torchs(digits, no_kernels):
+    from vaelab.legibility import train_classifier
+
+    _, own = train_classifier(digits)
+    no_kernels()
+    _, theirs = train_classifier(digits)
+    assert min(own, theirs) > 0.95 and abs(own - theirs) < 0.02

@@ -113,6 +113,21 @@ def test_what_is_not_known_to_end_in_logits_is_decoded(likelihood):
     assert Scorer.of(likelihood) is None
 
 
+@pytest.mark.parametrize("what", ["hook", "forward"])
+def test_a_decoder_that_does_more_than_its_class_is_asked_itself(what):
+    likelihood = bernoulli(MLP((3,), (20,), SHAPE))
+    assert Scorer.of(likelihood) is not None
+    last = likelihood.decoder.layers[-1]
+    if what == "hook":
+        held = last.register_forward_hook(lambda module, given, found: found + 0.5)
+    else:
+        last.forward = lambda x: 2 * nn.Linear.forward(last, x)
+    assert Scorer.of(likelihood) is None
+    if what == "hook":
+        held.remove()
+        assert Scorer.of(likelihood) is not None
+
+
 def test_an_estimate_does_not_depend_on_how_it_was_scored(monkeypatch, no_kernels):
     """Scored without logits, decoded by the kernels' layers, and by torch's bfloat16, which rounds the logits too."""
     model = VAE(

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -328,16 +329,22 @@ def test_processes_that_begin_together_compile_once(tmp_path):
 
 
 def test_what_was_compiled_ahead_is_found(monkeypatch, tmp_path):
-    monkeypatch.setenv("VAELAB_CACHE", str(tmp_path))
+    """By a process that looks for no modules in the current folder, and removes what another has left there."""
+    (tmp_path / "random.py").write_text("raise SystemExit('a file of the current folder')")
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    for name, age in (("making-old", 1000), ("making-new", 0)):
+        (cache / "native" / name / "within").mkdir(parents=True)
+        os.utime(cache / "native" / name, (time.time() - age, time.time() - age))
+    monkeypatch.setenv("VAELAB_CACHE", str(cache))
     monkeypatch.setattr(build, "_beside", [])
     build.ahead()
     (beside,) = build._beside
-    tiles = "amx_bf16" in build.abilities()
-    assert isinstance(build.load.__wrapped__(tiles), ctypes.CDLL)  # after it has waited
-    assert beside.wait(60) == 0
-    (kept,) = (tmp_path / "native").iterdir()
+    assert beside.wait(100) == 0
+    kept, new = sorted((cache / "native").iterdir())
+    assert new.name == "making-new"
     monkeypatch.setenv("CC", "false")
-    assert isinstance(build.load.__wrapped__(tiles), ctypes.CDLL)
+    assert isinstance(build.load.__wrapped__("amx_bf16" in build.abilities()), ctypes.CDLL)
     build.ahead()
     assert build._beside == [beside]  # there is nothing to do
     kept.unlink()

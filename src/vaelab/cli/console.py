@@ -184,7 +184,7 @@ def whole(kind: type, tokens: Sequence[Token]) -> int:
 def plain(problem: Exception) -> str:
     """The message of an error of the command-line parser, in one line."""
     lines = [line.strip(" │╭╮╰╯─") for line in str(problem).splitlines()]
-    return re.sub(r"\s+", " ", " ".join(line for line in lines if line)).rstrip(".")
+    return re.sub(r"\s+", " ", " ".join(line for line in lines if line)).replace(", ...", " and others").rstrip(".")
 
 
 def usage(arguments: Sequence[str], commands: Container[str]) -> str:

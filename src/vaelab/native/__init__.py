@@ -37,6 +37,6 @@ asks for that.
     pace.py           how many threads, and how many steps at once
 """
 
-from vaelab.native.build import ahead, library, reason
+from vaelab.native.build import ahead, library, reason, version
 
-__all__ = ["ahead", "library", "reason"]
+__all__ = ["ahead", "library", "reason", "version"]

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -37,6 +39,8 @@ WITHOUT_TILES = ("-mno-amx-bf16",)
 COMPILERS = ("cc", "gcc", "clang")
 SECONDS = 120
 """A compiler that takes longer is given up."""
+MAKING = "making-"
+"""Begins the names of folders beside the kernels in which they are made."""
 
 _pointer, _long, _int, _double = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -95,6 +99,15 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         return None, f"torch's kernels ({why})"
 
 
+def version() -> str:
+    """Names what computes: the kernels' file, or torch's version."""
+    if (found := library()) is not None:
+        return _name(bool(found.vaelab_tiles()))
+    import torch
+
+    return f"torch {torch.__version__}"
+
+
 def abilities() -> list[str]:
     """Those of the processor that the kernels are compiled for. Raises where it lacks what they need."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -137,8 +150,12 @@ def ahead() -> None:
     with suppress(_Unavailable, OSError):
         if (kept := _wanted()) is not None and not kept.is_file():
             nowhere = subprocess.DEVNULL
-            command = [sys.executable, "-c", "from vaelab.native import build; build.keep()"]
-            _beside.append(subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere))
+            # found where this process found it, and nothing in the current folder
+            places = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            command = [sys.executable, "-P", "-c", "from vaelab.native import build; build.keep()"]
+            beside = subprocess.Popen(command, env=places, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+            threading.Thread(target=beside.wait, daemon=True).start()
+            _beside.append(beside)
 
 
 _beside: list[subprocess.Popen[bytes]] = []
@@ -164,7 +181,7 @@ def _flags(tiles: bool) -> tuple[str, ...]:
 
 
 def _name(tiles: bool) -> str:
-    """Holds the checksum of all that the kernels are made from."""
+    """Holds the checksum of sources, flags and processor."""
     digest = hashlib.sha256(repr((_flags(tiles), abilities())).encode())
     for path in sorted(HERE.glob("*.[ch]")):
         digest.update(path.read_bytes())
@@ -210,7 +227,10 @@ def _compile(tiles: bool, to: Path) -> None:
     compiler = shlex.split(os.environ.get("CC", "")) or [*filter(shutil.which, COMPILERS)][:1]
     if not compiler:
         raise _Unavailable(f"there is no C compiler ({', '.join(COMPILERS)})")
-    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+    for left in to.parent.glob(f"{MAKING}*"):  # by a compiler that was killed
+        if time.time() - left.stat().st_mtime > 2 * SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=MAKING, dir=to.parent) as folder:
         objects = [f"{folder}/{name}.o" for name in SOURCES]
         commands = [[*compiler, *_flags(tiles), "-c", str(HERE / name), "-o", made]
                     for name, made in zip(SOURCES, objects, strict=True)]  # fmt: skip

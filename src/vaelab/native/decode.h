@@ -1,7 +1,7 @@
 /* Many codes through the last layers of a dense decoder, near the processor. The rows of a block of sums are a layer's outputs and
    its columns codes, so two rows are a row of pairs of the next layer's B, and at the end each lane adds up a code of its own.
 
-   Weights and what lies between layers have one part, which is a product of bfloat16 numbers, or three (see `tiles.h`). */
+   Weights and what lies between layers have one part, which makes it a product of bfloat16 numbers, two or three (see `tiles.h`). */
 
 #ifndef DECODE_H
 #define DECODE_H

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vaelab.likelihoods import Bernoulli
 from vaelab.native.build import library
 from vaelab.native.calls import kernels, up
-from vaelab.native.layers import fits
+from vaelab.native.layers import as_written, fits
 from vaelab.nn import MLP, AroundMean, FourierMLP, WithLabel
 
 ACTIVATIONS = (nn.ReLU, nn.SiLU)
@@ -51,7 +51,9 @@ class Decoder:
     @classmethod
     def of(cls, likelihood: nn.Module, parts: int) -> Self | None:
         """None where there are no kernels, or the decoder is none of the lab's dense ones in float32 on the CPU."""
-        if library() is None or type(likelihood) is not Bernoulli or (found := _parted(likelihood.decoder)) is None:
+        if library() is None or type(likelihood) is not Bernoulli or not as_written(likelihood):
+            return None
+        if (found := _parted(likelihood.decoder)) is None:
             return None
         decoder, layers, constant = found
         before = copy.copy(likelihood)

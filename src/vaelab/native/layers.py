@@ -54,6 +54,16 @@ class Own(partial[Tensor]):
     """A forward of ours, which a user's is told from."""
 
 
+def as_written(module: nn.Module) -> bool:
+    """Whether all that a module and its parts do is their class's: no hooks, and no forward of its own but ours."""
+    parts = [
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or not isinstance(vars(m).get("forward"), Own | None)
+        for m in module.modules()
+    ]  # fmt: skip
+    return not any(parts)
+
+
 def fits(layer: nn.Module) -> bool:
     """Whether a layer of `FORWARDS` has settings and weights that the kernels know."""
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and not convolutions.fits(layer):

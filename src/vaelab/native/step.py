@@ -37,7 +37,7 @@ from vaelab.native.chain import (
     chain_of,
 )
 from vaelab.native.convolutions import rooms
-from vaelab.native.layers import Own
+from vaelab.native.layers import as_written
 from vaelab.native.pace import AT_ONCE
 from vaelab.objectives import ELBO, Objective
 from vaelab.optim import Optimiser
@@ -112,14 +112,7 @@ def fused(
         and type(model.prior) is StandardNormal
         and type(model.likelihood) in (Bernoulli, GreyCrossEntropy)
         and type(objective) is ELBO
-        and not any(
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or not isinstance(vars(m).get("forward"), Own | None)
-            for m in model.modules()
-        )
+        and as_written(model)
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
     )
     shape = tuple(images.shape[1:])

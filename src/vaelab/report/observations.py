@@ -20,7 +20,7 @@ class _Numbers:
     def mean(self, metric: str, arm: str) -> float | None:
         return self.values.get(metric, {}).get(arm, {}).get("mean")
 
-    def text(self, metric: str, arm: str, form: str = "{:.2f}", scale: float = 1.0) -> str:
+    def text(self, metric: str, arm: str, form: str = "{:z.2f}", scale: float = 1.0) -> str:
         value = self.values[metric][arm]
         text = form.format(scale * value["mean"])
         return f"{text} ± {form.format(scale * value['se'])}" if value.get("se") is not None else text
