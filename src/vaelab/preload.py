@@ -4,7 +4,6 @@ For the server that they are forks of, see `vaelab.crew`. It ends with the proce
 """
 
 import ctypes
-import importlib
 import os
 import signal
 
@@ -18,6 +17,11 @@ if _of := os.environ.pop("VAELAB_SERVER_OF", ""):
         os._exit(1)
 
 with importing():
-    for _name in ("vaelab.cells", "vaelab.running", "vaelab.evaluation", "sklearn.linear_model", "sklearn.neighbors",
-                  "sklearn.mixture", "matplotlib.figure"):  # fmt: skip
-        importlib.import_module(_name)
+    import matplotlib.figure  # noqa: F401
+    import sklearn.linear_model
+    import sklearn.mixture
+    import sklearn.neighbors  # noqa: F401
+
+    import vaelab.cells
+    import vaelab.evaluation
+    import vaelab.running  # noqa: F401

@@ -75,8 +75,10 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone: nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except SystemExit:  # rich, for the same reason
-        return 0
+    except SystemExit as end:
+        if end.code != 1:  # a second signal
+            raise
+        return 0  # rich, where the reader of a pipe has gone
     except Exception as error:
         console.error(
             f"unexpected {type(error).__name__}: {error}; this is a defect of vaelab: please report it with the output "
