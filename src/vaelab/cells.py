@@ -143,18 +143,22 @@ def read(desk: Desk, task: Task, run: "Run", found: "Evaluation", reader: Reader
     return found
 
 
-def draw(desk: Desk, folder: Path, arms: "Sequence[Arm]", evaluated: bool, *found: Any) -> "Drawn":
-    """The figures that show evaluations, of the first run of each arm, or those that do not; see `report.build.draw`."""
+def draw(
+    desk: Desk, folder: Path, arms: "Sequence[Arm]", evaluated: bool, share: tuple[int, int], *found: Any
+) -> "Drawn":
+    """The figures that show evaluations, of the first run of each arm, or those that do not, or a share of them; see
+    `report.build.draw`."""
     from vaelab.report import build
 
     runs, evaluations = found[: len(arms)], found[len(arms) :] or (None,) * len(arms)
     desk.go_on()
-    with desk.stage(f"figures of {'evaluations' if evaluated else 'runs'}"):
+    part = f", {share[0] + 1} of {share[1]}" if share[1] > 1 else ""
+    with desk.stage(f"figures of {'evaluations' if evaluated else 'runs'}{part}"):
         cells = [
             build.Cell(arm, run, run.model(desk.device), evaluation)
             for arm, run, evaluation in zip(arms, runs, evaluations, strict=True)
         ]
-        return build.draw(folder, cells, desk.data, evaluated=evaluated)
+        return build.draw(folder, cells, desk.data, evaluated=evaluated, share=share)
 
 
 def graphs(desk: Desk, *runs: "Run") -> "Graphs":

@@ -21,11 +21,10 @@ from vaelab.errors import UsageError, unknown_name
 from vaelab.recipes import Recipe, recipe
 
 if TYPE_CHECKING:
-    from threading import Thread
-
     from vaelab.data.datasets import Dataset
     from vaelab.data.store import Progress as Fetching
     from vaelab.explore.export import Graphs
+    from vaelab.explore.runtime import Ahead
 
 PAGE = "explorer.html"
 """The page of `write_explorer`."""
@@ -172,8 +171,10 @@ def _measured(
     if staff and ahead is not None:
         jobs.append(Job("the page to explore", cells.graphs, (), shown))
     figures = len(jobs)
-    jobs.append(Job("the figures", cells.draw, (folder, arms, False), shown))
-    jobs.append(Job("the figures", cells.draw, (folder, arms, True), (*shown, *evaluated[: len(arms)])))
+    jobs.append(Job("the figures", cells.draw, (folder, arms, False, (0, 1)), shown))
+    shares = min(len(staff), 2) or 1  # they come last, when nothing else is left for the other processes
+    jobs += [Job("the figures", cells.draw, (folder, arms, True, (i, shares)), (*shown, *evaluated[: len(arms)]))
+             for i in range(shares)]  # fmt: skip
     found = perform(jobs, data, staff, device=device, stage=stage, stop=stop)
     if ahead is not None and figures > graphs:
         ahead |= found[graphs]
@@ -208,7 +209,7 @@ def write_explorer(
     seed: int = 0,
     *,
     ahead: "Graphs | None" = None,
-    fetched: "Thread | None" = None,
+    fetched: "Ahead | None" = None,
     data_dir: Path | None = None,
     fetching: "Fetching | None" = None,
     stage: Stage = lambda label: nullcontext(lambda done, text: None),
@@ -242,7 +243,7 @@ def write_explorer(
                 require()
             if fetched is not None:
                 fetched.join()
-            running = runtime.load(data_dir, fetching)
+            running = (fetched and fetched.found) or runtime.load(data_dir, fetching)
             chosen = study(name)
             exhibits = [
                 bundle.Exhibit(label, Run.open(folder / "runs" / f"{arm}-seed{seed}"))

@@ -10,10 +10,13 @@ does not have, and for a 28x28 picture a GPU is slower to reach than the wasm ta
 """
 
 import atexit
+import base64
+import gzip
 import importlib.util
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from vaelab.data.store import Bundle, File, NpmPackage, Progress, obtain, stop_fetching
@@ -50,6 +53,20 @@ class Runtime:
     pieces: dict[str, bytes]
     d3: bytes
 
+    @cached_property
+    def packed(self) -> dict[str, str]:
+        """The pieces as text, see `packed`: 1.3 s of a core."""
+        return {name: packed(content) for name, content in self.pieces.items()}
+
+
+LEVEL = 6
+"""Of gzip: level 9 makes the lab's page 0.4 % smaller and takes 2.3 times as long (3.5 s of a core on a busy machine)."""
+
+
+def packed(content: bytes) -> str:
+    """Bytes gzipped and as base64."""
+    return base64.b64encode(gzip.compress(content, LEVEL, mtime=0)).decode("ascii")
+
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 """Packages without which there is no page."""
@@ -57,22 +74,34 @@ GRACE = 5.0
 """Seconds that a fetch has to tidy up when the process ends."""
 
 
-def fetch_ahead(data_dir: str | Path | None = None) -> threading.Thread:
-    """Fetch what is missing while something else is computed; `load` says afterwards what could not be had.
+class Ahead(threading.Thread):
+    """Fetches and packs the runtime while something else is computed; `found` is None where it could not be had.
 
     Where the packages for ONNX are missing, there will be no page and nothing is fetched.
     """
 
-    def fetch() -> None:
-        with suppress(Exception):
+    def __init__(self, data_dir: str | Path | None = None) -> None:
+        super().__init__(daemon=True)
+        self.data_dir, self.found = data_dir, None
+
+    found: Runtime | None
+
+    def run(self) -> None:
+        with suppress(Exception):  # `load` says it again where somebody waits for it
             if all(importlib.util.find_spec(name) for name in NEEDED):
-                load(data_dir, None)
+                found = load(self.data_dir, None)
+                assert found.packed
+                self.found = found
+
+
+def fetch_ahead(data_dir: str | Path | None = None) -> Ahead:
+    """Begin to fetch what is missing, see `Ahead`."""
+    thread = Ahead(data_dir)
 
     def end() -> None:
         stop_fetching()
         thread.join(GRACE)
 
-    thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     atexit.register(end)  # a process that ends before it leaves no npm and no folder behind
     return thread

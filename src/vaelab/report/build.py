@@ -70,7 +70,15 @@ def aggregate(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
     return values
 
 
-def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0, evaluated: bool | None = None) -> Drawn:
+def draw(
+    folder: Path,
+    cells: Sequence[Cell],
+    data: Dataset,
+    *,
+    seed: int = 0,
+    evaluated: bool | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Drawn:
     """Draw the figures of the first run of each arm; returns their entries for the report.
 
     The first arm's files have plain names, those of an arm `x` end in `_x`.
@@ -82,14 +90,18 @@ def draw(folder: Path, cells: Sequence[Cell], data: Dataset, *, seed: int = 0, e
         seed: of the samples.
         evaluated: only the figures that show an evaluation, or only those that do not: the same list, with None in the
             place of the others. So two processes can draw, one of them before there are evaluations; see `together`.
+        share: (i, n) for the i-th of those and each n-th after it, the others None as well.
     """
     first = {}
     for cell in cells:
         first.setdefault(cell.arm, cell)
     shown = list(first.values())
     made: Drawn = []
+    asked = 0
     for of_evaluation, make in _Figures(shown, data, seed).all():
-        if evaluated is not None and of_evaluation is not evaluated:
+        if evaluated in (None, of_evaluation):
+            asked += 1
+        if evaluated not in (None, of_evaluation) or (asked - 1) % share[1] != share[0]:
             made.append(None)
             continue
         figure, name, title, caption = make()
