@@ -53,10 +53,14 @@ def app() -> App:
     return root
 
 
+def _tell(message: str, debug: bool) -> None:
+    from vaelab.cli import console  # which `--help` can do without
+
+    console.error(message, debug)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a command; returns its exit code. Errors of the user's become one message, `--debug` adds the traceback."""
-    from vaelab.cli import console
-
     debug = "--debug" in arguments
     try:
         command, bound, _ = app().parse_args(list(arguments), print_error=False, exit_on_error=False)
@@ -64,13 +68,15 @@ def run(arguments: Sequence[str]) -> int:
         command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
     except VaelabError as error:
-        console.error(str(error), debug)
+        _tell(str(error), debug)
         return error.exit_code
     except CycloptsError as error:
-        console.error(f"{console.plain(error)}; see `{console.usage(arguments, COMMANDS)} --help`", debug)
+        from vaelab.cli import console
+
+        _tell(f"{console.plain(error)}; see `{console.usage(arguments, COMMANDS)} --help`", debug)
         return 2
     except KeyboardInterrupt:
-        console.error("interrupted", debug)
+        _tell("interrupted", debug)
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone: nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,7 +86,7 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return 0  # rich, where the reader of a pipe has gone
     except Exception as error:
-        console.error(
+        _tell(
             f"unexpected {type(error).__name__}: {error}; this is a defect of vaelab: please report it with the output "
             "of the same command and --debug", debug,
         )  # fmt: skip
