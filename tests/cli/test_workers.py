@@ -217,7 +217,7 @@ def test_a_worker_has_its_libraries_from_the_start_and_they_its_number_of_thread
 
 
 LEAVING = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, "slow")
 from contextlib import nullcontext
 from multiprocessing import forkserver
@@ -238,6 +238,8 @@ with hired(2, 4, "cpu") as staff:
         attempt(lambda: "SIGINT")
     if sys.argv[1] == "killed":
         attempt(kill)
+    while sys.argv[1] == "left" and not os.path.exists("importing"):
+        time.sleep(0.05)
 """
 
 
@@ -248,7 +250,9 @@ with hired(2, 4, "cpu") as staff:
 def test_nobody_waits_for_a_server_that_still_imports(tmp_path, how, said):
     """It would do so for an hour; and whoever reads the output of a command would wait for it, if it lived on."""
     (tmp_path / "slow" / "sklearn").mkdir(parents=True)
-    (tmp_path / "slow" / "sklearn" / "__init__.py").write_text("import time; time.sleep(3600)")
+    (tmp_path / "slow" / "sklearn" / "__init__.py").write_text(
+        "import time; open('importing', 'w').close(); time.sleep(3600)"
+    )
     done = subprocess.run([sys.executable, "-c", LEAVING, how], cwd=tmp_path, text=True, check=False, capture_output=True,
                           timeout=300)  # fmt: skip
     assert (done.returncode, done.stdout) == (0, said), done.stderr
